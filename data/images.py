@@ -1,0 +1,128 @@
+"""Reading images by number from shards, and their endless, exact, seeded order."""
+
+import json
+import os
+import signal
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from sega_dist.data import positions
+from sega_dist.data.crops import UnusableImage, decode
+from sega_dist.data.shards import INDEX, MEMBERS, Manifest
+
+
+class DamagedSample(Exception):
+    """A sample whose bytes are not those that were written."""
+
+
+class Sample(NamedTuple):
+    """One HR image at a position of a run."""
+
+    image: Tensor  # (3,S,S) uint8
+    damaged: int  # samples that had to be passed over to find it
+
+
+class ShardReader:
+    """The samples of one side of a data set by number; opens files on first use, so that it pickles to workers."""
+
+    def __init__(self, manifest: Manifest, side: str):
+        self.manifest = manifest
+        self.shards = manifest.side(side)
+        self.starts = np.cumsum([0] + [shard.samples for shard in self.shards])
+        self.files: dict[int, tuple[int, NDArray[Any]]] = {}  # descriptor and memory-mapped index by shard number
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "files": {}}
+
+    def image(self, number: int) -> Tensor:
+        """(3,S,S) uint8 of sample `number`; raises DamagedSample."""
+        try:
+            pixels = np.array(decode(self._member(number, 0), min_side=1))
+        except UnusableImage as error:
+            raise DamagedSample(str(error)) from None
+        if pixels.shape != (self.manifest.size, self.manifest.size, 3):
+            raise DamagedSample(f"{pixels.shape} instead of side {self.manifest.size}")
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+
+    def name(self, number: int) -> str:
+        """The name that sample `number` had in its source."""
+        return str(json.loads(self._member(number, 1))["name"])
+
+    def _member(self, number: int, which: int) -> bytes:
+        shard = int(np.searchsorted(self.starts, number, side="right")) - 1
+        descriptor, index = self._open(shard)
+        offset, length, crc32 = index[(number - int(self.starts[shard])) * MEMBERS + which].item()
+        data = os.pread(descriptor, length, offset)
+        if len(data) != length or zlib.crc32(data) != crc32:
+            raise DamagedSample(f"sample {number} in {self.shards[shard].name}")
+        return data
+
+    def _open(self, shard: int) -> tuple[int, NDArray[Any]]:
+        if shard not in self.files:
+            folder, entry = self.manifest.folder, self.shards[shard]
+            try:
+                descriptor = os.open(folder / entry.name, os.O_RDONLY)
+                self.files[shard] = descriptor, np.memmap(folder / entry.index_name, INDEX, mode="r")
+            except (OSError, ValueError) as error:
+                raise DamagedSample(f"{entry.name}: {error}") from None
+        return self.files[shard]
+
+
+class TrainingImages(Dataset[Sample]):
+    """Position of a run -> image; a damaged sample is replaced by the next one of the manifest, and counted."""
+
+    def __init__(self, reader: ShardReader, seed: int):
+        self.reader, self.seed = reader, seed
+
+    def __getitem__(self, position: int) -> Sample:
+        n = len(self.reader)
+        first = positions.sample_at(self.seed, position, n)
+        for damaged in range(n):
+            try:
+                return Sample(self.reader.image((first + damaged) % n), damaged)
+            except DamagedSample:
+                continue
+        return Sample(torch.zeros(3, self.reader.manifest.size, self.reader.manifest.size, dtype=torch.uint8), n)
+
+
+class RankPositions(Sampler[list[int]]):
+    """The positions of one rank, a micro-batch at a time, endless: rank r has the r-th slice of every global batch."""
+
+    def __init__(self, first: int, batch_size: int, rank: int, ranks: int):
+        self.first, self.batch_size, self.rank, self.ranks = first, batch_size, rank, ranks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        micro_batch = self.batch_size // self.ranks
+        start = self.first + self.rank * micro_batch
+        while True:
+            yield list(range(start, start + micro_batch))
+            start += self.batch_size
+
+
+def training_loader(dataset: TrainingImages, order: RankPositions, workers: int) -> DataLoader[Sample]:
+    """Micro-batches of `Sample` (image (N,3,S,S), damaged (N,)) decoded by worker processes."""
+    return DataLoader(
+        dataset,
+        batch_sampler=order,
+        num_workers=workers,
+        worker_init_fn=_quiet_worker,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+    )
+
+
+def _quiet_worker(_: int) -> None:
+    """Workers end with their parent; a signal to the group is the parent's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    torch.set_num_threads(1)

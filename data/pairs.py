@@ -1,0 +1,44 @@
+"""HR bytes to training pairs on the device: patch, flip, bicubic LR, and the way between 8 bits and [-1,1]."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+def bicubic(images: Tensor, height: int, width: int) -> Tensor:
+    """Resize (N,3,H,W) uint8 to (N,3,height,width) uint8 as Pillow's BICUBIC does, to one grey level.
+
+    Antialiased when shrinking, a = -0.5, computed in fp32 and rounded. The one function that makes LR images, for
+    training, evaluation and the command line alike.
+    """
+    resized = F.interpolate(images.float(), size=(height, width), mode="bicubic", antialias=True, align_corners=False)
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def to_unit(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 -> [-1,1], channels last in memory."""
+    return (images.to(dtype) / 127.5 - 1).contiguous(memory_format=torch.channels_last)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[-1,1] -> uint8, clamped and rounded."""
+    return ((images.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def patches(images: Tensor, side: int, corners: NDArray[np.float64]) -> Tensor:
+    """The square of `side` pixels of each image (N,3,H,W) at its own corner, (N,2) in [0,1) of the free range."""
+    rows, columns = (int(images.shape[d]) - side + 1 for d in (2, 3))
+    return torch.stack([
+        image[:, (y := int(v * rows)) : y + side, (x := int(u * columns)) : x + side]
+        for image, (v, u) in zip(images, corners, strict=True)
+    ])  # fmt: skip
+
+
+def make_pair(hr: Tensor, flips: NDArray[np.bool_], scale: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """HR (N,3,H,W) uint8 -> (LR (N,3,H/scale,W/scale), HR) in [-1,1], both flipped where `flips` says so."""
+    mirrored = torch.from_numpy(flips).to(hr.device)[:, None, None, None]
+    hr = torch.where(mirrored, hr.flip(3), hr)
+    lr = bicubic(hr, hr.shape[2] // scale, hr.shape[3] // scale)
+    return to_unit(lr, dtype), to_unit(hr, dtype)

@@ -1,0 +1,62 @@
+"""From the words a person typed to a dataclass; every complaint is one line."""
+
+import contextlib
+import dataclasses
+import io
+import re
+from typing import Any, TypeVar
+
+import tyro
+
+from sega_dist.errors import UserError, closest
+
+T = TypeVar("T")
+
+
+def parse(command: type[T], argv: list[str], program: str, default: T | None = None) -> T:
+    """Fill the dataclass `command` from `argv`; raises UserError for what cannot be understood."""
+    complaint = io.StringIO()
+    defaults: dict[str, Any] = {} if default is None else {"default": default}
+    try:
+        with contextlib.redirect_stderr(complaint):
+            value, unknown = tyro.cli(command, prog=program, args=argv, return_unknown_args=True, **defaults)
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+        raise UserError(f"{_one_line(complaint.getvalue())} ({program} --help lists every option)") from None
+    if unknown:
+        raise UserError(_unknown(unknown[0], command, program))
+    return value
+
+
+def keys(command: object, prefix: str = "") -> list[str]:
+    """Every dotted key of a nested dataclass (a class or an instance)."""
+    names = []
+    for field in dataclasses.fields(command):  # type: ignore[arg-type]
+        if dataclasses.is_dataclass(field.type):
+            names += keys(field.type, f"{prefix}{field.name}.")
+        else:
+            names.append(prefix + field.name)
+    return names
+
+
+def _unknown(word: str, command: type, program: str) -> str:
+    if not word.startswith("-"):
+        return f"{program}: unexpected argument {word!r}"
+    names = keys(command)
+    options = sorted(
+        {f"--{part.replace('_', '-')}" for name in names for part in (name, name.partition(".")[2]) if part}
+    )
+    option = word.partition("=")[0].replace("_", "-")
+    return f"{program}: unknown option {word}{closest(option, options)}"
+
+
+def _one_line(box: str) -> str:
+    """tyro draws its complaints in a box of several lines: keep the text above the first rule."""
+    lines = [line.strip("│ \t") for line in box.splitlines() if not re.match(r"\s*[╭╰]", line)]
+    body = []
+    for line in lines:
+        if line.startswith("───"):
+            break
+        body.append(line)
+    return " ".join(" ".join(body).split()) or "the command line could not be understood"

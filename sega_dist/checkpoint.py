@@ -1,0 +1,193 @@
+"""State on disk: portable checkpoints to resume from, and snapshots for users. Safetensors and JSON, never pickle."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from sega_dist.config import Config, from_dict, to_dict
+from sega_dist.data.shards import file_sha256
+from sega_dist.errors import UserError
+from sega_dist.networks.build import build_generator
+from sega_dist.networks.generator import Generator
+
+FORMAT = 1
+CHECKPOINTS, SNAPSHOTS, STATE = "checkpoints", "snapshots", "state.json"
+METADATA = "sega_dist"  # key in a snapshot's safetensors header
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read back whole: every file matched its digest."""
+
+    folder: Path
+    nimg: int
+    config: Config
+    data_digest: str
+    tensors: dict[str, dict[str, Tensor]]  # file stem -> tensors by name
+
+
+def save_checkpoint(run: Path, nimg: int, config: Config, data_digest: str, versions: dict[str, Any],
+                    tensors: dict[str, dict[str, Tensor]], keep: int) -> Path:  # fmt: skip
+    """Write RUN/checkpoints/NIMG and then drop all but the newest `keep`; a crash leaves the older ones whole."""
+    folder = run / CHECKPOINTS / f"{nimg:012d}"
+    with _placed(folder) as partial:
+        files = {}
+        for stem, group in tensors.items():
+            data = save(group)
+            _write_durably(partial / f"{stem}.safetensors", data)
+            files[f"{stem}.safetensors"] = hashlib.sha256(data).hexdigest()
+        state = {"format": FORMAT, "nimg": nimg, "config": to_dict(config), "data": data_digest,
+                 "versions": versions, "files": files}  # fmt: skip
+        _write_durably(partial / STATE, json.dumps(state, indent=1).encode())
+    for old in _folders(run)[:-keep]:
+        shutil.rmtree(old)
+    return folder
+
+
+def find_checkpoint(run: Path, wanted: str) -> Checkpoint:
+    """The checkpoint at path `wanted`, or for `latest` the newest whole one of the run; UserError if there is none."""
+    if wanted != "latest":
+        return read_checkpoint(Path(wanted))
+    folders = _folders(run)
+    if not folders:
+        raise UserError(f"{run} has no checkpoint to resume from; leave --resume away to start a new run")
+    for folder in reversed(folders):
+        try:
+            return read_checkpoint(folder)
+        except UserError as error:
+            print(f"warning: {error}; trying the one before", flush=True)
+    raise UserError(f"none of the {len(folders)} checkpoints in {run / CHECKPOINTS} is whole")
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint after checking the digest of every file."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+        if state["format"] != FORMAT:
+            raise UserError(f"checkpoint {folder} has format {state['format']}, this version reads {FORMAT}")
+        tensors = {}
+        for name, digest in state["files"].items():
+            file = folder / Path(name).name
+            if file_sha256(file) != digest:
+                raise UserError(f"checkpoint {folder} is damaged: {name} differs from its digest")
+            tensors[file.stem] = load_file(file)
+        config = from_dict(state["config"], str(folder / STATE))
+        return Checkpoint(folder, int(state["nimg"]), config, state["data"], tensors)
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {folder}: {error.strerror}: {error.filename}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"checkpoint {folder} is damaged ({type(error).__name__}: {error})") from None
+
+
+def save_snapshot(run: Path, nimg: int, config: Config, generator: Generator) -> Path:
+    """RUN/snapshots/snapshot-NIMG.safetensors: the generator in fp32 with its configuration in the header."""
+    path = run / SNAPSHOTS / f"snapshot-{nimg:012d}.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    tensors = {name: (tensor.float() if tensor.is_floating_point() else tensor).cpu().contiguous()
+               for name, tensor in generator.state_dict().items()}  # fmt: skip
+    header = json.dumps({"format": FORMAT, "nimg": nimg, "config": to_dict(config)})
+    partial = path.with_name(f".{path.name}.partial")
+    _write_durably(partial, save(tensors, metadata={METADATA: header}))
+    partial.rename(path)
+    return path
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A generator ready for use, and where it comes from."""
+
+    generator: Generator  # in eval mode, on `device`
+    config: Config
+    nimg: int  # images it was trained on
+    device: torch.device
+
+
+def load_snapshot(path: Path, device_name: str = "cpu") -> Snapshot:
+    """Read a snapshot, or the newest one of a run's folder, to `auto` (the GPU where there is one), `cpu` or `cuda`."""
+    device = _device(device_name)
+    file = newest_snapshot(path) if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(f"snapshot {file} does not exist; train makes them in RUN/{SNAPSHOTS}")
+    try:
+        with safe_open(file, "pt") as opened:
+            header = (opened.metadata() or {}).get(METADATA)
+        if header is None:
+            raise UserError(f"{file} was not written by sega-dist: its header holds no configuration")
+        values = json.loads(header)
+        config, state = from_dict(values["config"], str(file)), load_file(file)
+        generator = build_generator(config)
+        generator.load_state_dict(state)
+        generator.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return Snapshot(generator, config, int(values["nimg"]), device)
+    except OSError as error:
+        raise UserError(f"cannot read snapshot {file}: {error.strerror or error}") from None
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(f"{file} is not a whole snapshot ({type(error).__name__}: {reason})") from None
+
+
+def newest_snapshot(run: Path) -> Path:
+    """The last snapshot of a run's folder."""
+    found = sorted((run / SNAPSHOTS).glob("snapshot-*.safetensors"))
+    if not found:
+        raise UserError(f"{run} holds no snapshot; name a .safetensors file, or a run's folder with {SNAPSHOTS}/ in it")
+    return found[-1]
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
+    if name not in ("cpu", "cuda"):
+        raise UserError(f"--device is {name!r}; it must be auto, cpu or cuda")
+    return torch.device(name)
+
+
+def _folders(run: Path) -> list[Path]:
+    """A run's checkpoints, oldest first."""
+    return sorted(f for f in (run / CHECKPOINTS).glob("*") if f.is_dir() and f.name.isdigit())
+
+
+@contextlib.contextmanager
+def _placed(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when the block ends well, and vanishes otherwise."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
+        if folder.exists():  # the same position saved again, after a resume
+            shutil.rmtree(folder)
+        partial.rename(folder)
+        _sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,47 @@
+"""`sega-dist COMMAND ...`: one word for each job."""
+
+import importlib
+import sys
+from importlib.metadata import version
+
+from sega_dist.errors import UserError, closest, run
+
+# Each job: its module, its function, and what it does. Modules load only when asked for.
+COMMANDS = {
+    "shard": ("sega_dist.shard", "main", "photographs to shards"),
+    "verify": ("sega_dist.shard", "verify_main", "check every byte of shards"),
+    "train": (
+        "sega_dist.train",
+        "main",
+        "train a network (one process; accelerate launch -m sega_dist.train for more)",
+    ),
+    "evaluate": ("sega_dist.evaluate", "main", "PSNR and SSIM of a snapshot, with bicubic beside it"),
+    "upscale": ("sega_dist.upscale", "main", "super-resolve photographs"),
+    "describe": ("sega_dist.describe", "main", "parameters, shapes and GFLOP of a preset"),
+    "synthetic": ("sega_dist.data.synthetic", "main", "draw procedural faces to try all this with"),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    words = list(argv or [])
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: sega-dist COMMAND ...   (sega-dist COMMAND --help lists its options)\n")
+        for name, (_, _, purpose) in COMMANDS.items():
+            print(f"  {name:<10} {purpose}")
+        return
+    if words[0] == "--version":
+        print(version("sega-dist"))
+        return
+    if words[0] not in COMMANDS:
+        raise UserError(f"unknown command {words[0]!r}{closest(words[0], list(COMMANDS))}; sega-dist --help lists them")
+    module, function, _ = COMMANDS[words[0]]
+    getattr(importlib.import_module(module), function)(words[1:])
+
+
+def program() -> None:
+    """The console script."""
+    run(main, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    program()

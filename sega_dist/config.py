@@ -1,0 +1,239 @@
+"""Every hyper-parameter: one frozen dataclass a part, one line a field."""
+
+import dataclasses
+import hashlib
+import json
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from sega_dist.errors import UserError, closest
+
+Scale = Literal[4, 8, 16]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    size: int = 256  # HR side in pixels; must be the shards'
+    patch: int = 0  # side of the random HR square a step trains on, in pixels; 0 = whole images
+    hflip: float = 0.5  # probability of a horizontal flip, the same for LR and HR
+    workers: int = 2  # decoding processes a rank
+    max_bad_samples: int = 100  # damaged samples replaced by their neighbour before the run stops
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    channels: int = 64  # channels of the trunk
+    nested_blocks: int = 4  # dense nested blocks, three RIDBs each
+    alpha: float = 0.2  # residual scale of a dense nested block
+    beta: float = 0.2  # residual scale of a RIDB
+    slope: float = 0.2  # negative slope of LeakyReLU
+    zero_fusion: bool = False  # start with the trunk's branch at zero (its batch norm's weight): a faster first hour
+
+
+@dataclass(frozen=True)
+class NormConfig:
+    momentum: float = 0.1  # of the generator's running statistics
+    eps: float = 1e-5  # added to the variance
+    conv_bias: bool = False  # bias in convolutions before batch norm; it is cancelled there, so its gradient is noise
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    kind: Literal["vgg19_pool8", "trainable", "none"] = "vgg19_pool8"  # frozen VGG19, small and trained with D, absent
+    width: int = 64  # of the trainable encoder; its embedding has 8 x width channels
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    width: int = 64  # channels of the first convolution
+    slope: float = 0.2  # negative slope of LeakyReLU
+    dropout: float = 0.5  # in the fully connected module
+    last_bias: Literal["auto", "yes", "no"] = "auto"  # auto: absent with rals, whose gradient to it is exactly zero
+    fake_semantics: Literal["lr", "sr"] = "lr"  # the fake tuple's embedding is that of the LR input (paper) or of SR
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    adv: Literal["rals", "bce"] = "rals"  # relativistic average least squares, or binary cross-entropy
+    w_content: float = 1.0  # weight of the VGG19 conv3_3 distance
+    w_adv: float = 1e-3  # weight of the adversarial loss; 0 = no discriminator
+    w_pixel: float = 0.0  # weight of the mean absolute pixel difference
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    images: int = 240_000  # length of the run in images seen by all ranks together
+    batch_size: int = 8  # images a step over all ranks
+    learning_rate: float = 1e-4  # Adam, both players
+    betas: tuple[float, float] = (0.9, 0.999)  # Adam
+    content_warmup_kimg: float = 0.0  # thousands of images at the start without a discriminator
+    ema_kimg: float = 0.0  # half-life of the weight average in thousands of images; 0 = the raw weights
+    precision: Literal["fp32", "tf32", "bf16", "fp64"] = "fp32"  # bf16: autocast over fp32 weights; fp64: for proofs
+    seed: int = 0  # of weights, order, flips and dropout
+    tick_kimg: float = 1.0  # a line of statistics each so many thousand images
+    grid_kimg: float = 10.0  # pictures and preview scores
+    checkpoint_kimg: float = 10.0  # checkpoint and snapshot
+    keep: int = 2  # newest checkpoints kept
+
+
+@dataclass(frozen=True)
+class Config:
+    scale: Scale = 4  # HR side over LR side
+    data: DataConfig = field(default_factory=DataConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    norm: NormConfig = field(default_factory=NormConfig)
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def hr_size(self) -> int:
+        """HR side of what a step trains on."""
+        return self.data.patch or self.data.size
+
+    @property
+    def lr_size(self) -> int:
+        return self.hr_size // self.scale
+
+    @property
+    def has_discriminator(self) -> bool:
+        """Without a weight on its loss there is no second player."""
+        return self.loss.w_adv > 0
+
+
+# Keys that may change when a run goes on: they decide how long, how fast and how loudly, not what is computed.
+FREE_ON_RESUME = {
+    "data.workers", "data.max_bad_samples", "train.images", "train.tick_kimg", "train.grid_kimg",
+    "train.checkpoint_kimg", "train.keep",
+}  # fmt: skip
+
+
+def validate(config: Config) -> Config:
+    """The same configuration, or a UserError that names the key, its value and what is legal."""
+    size, patch, scale, train = config.data.size, config.data.patch, config.scale, config.train
+    is_trained = config.encoder.kind == "trainable"
+    rules = [
+        (size >= 32 and size % 32 == 0, "data.size", size, "a multiple of 32, at least 32"),
+        (
+            patch == 0 or (32 <= patch <= size and patch % 32 == 0),
+            "data.patch",
+            patch,
+            "0, or a multiple of 32 up to data.size",
+        ),
+        (config.lr_size >= 8, "scale", scale, f"such that LR has 8 pixels a side at least (HR has {config.hr_size})"),
+        (
+            not is_trained or config.hr_size.bit_count() == 1,
+            "data.patch or data.size",
+            config.hr_size,
+            "a power of two for encoder.kind trainable",
+        ),
+        (0 <= config.data.hflip <= 1, "data.hflip", config.data.hflip, "a probability"),
+        (config.data.workers >= 0, "data.workers", config.data.workers, "0 or more"),
+        (config.data.max_bad_samples >= 0, "data.max_bad_samples", config.data.max_bad_samples, "0 or more"),
+        (config.generator.channels >= 1, "generator.channels", config.generator.channels, "1 or more"),
+        (config.generator.nested_blocks >= 1, "generator.nested_blocks", config.generator.nested_blocks, "1 or more"),
+        (config.encoder.width >= 1, "encoder.width", config.encoder.width, "1 or more"),
+        (config.discriminator.width >= 2, "discriminator.width", config.discriminator.width, "2 or more"),
+        (0 <= config.discriminator.dropout < 1, "discriminator.dropout", config.discriminator.dropout, "in [0, 1)"),
+        (train.images >= 1, "train.images", train.images, "1 or more"),
+        (train.batch_size >= 2, "train.batch_size", train.batch_size, "2 or more: batch norm needs two samples"),
+        (train.learning_rate > 0, "train.learning_rate", train.learning_rate, "above 0"),
+        (all(0 <= beta < 1 for beta in train.betas), "train.betas", train.betas, "two numbers in [0, 1)"),
+        (train.keep >= 1, "train.keep", train.keep, "1 or more"),
+        (train.seed >= 0, "train.seed", train.seed, "0 or more"),
+    ]
+    rules += [(getattr(train, name) > 0, f"train.{name}", getattr(train, name), "above 0")
+              for name in ("tick_kimg", "grid_kimg", "checkpoint_kimg")]  # fmt: skip
+    rules += [(getattr(train, name) >= 0, f"train.{name}", getattr(train, name), "0 or more")
+              for name in ("content_warmup_kimg", "ema_kimg")]  # fmt: skip
+    rules += [(getattr(config.loss, name) >= 0, f"loss.{name}", getattr(config.loss, name), "0 or more")
+              for name in ("w_content", "w_adv", "w_pixel")]  # fmt: skip
+    for is_legal, key, value, legal in rules:
+        if not is_legal:
+            raise UserError(f"{key} is {value}; it must be {legal}")
+    if config.loss.w_content == config.loss.w_pixel == 0 and (train.content_warmup_kimg or not config.loss.w_adv):
+        raise UserError("loss.w_content or loss.w_pixel must be above 0 wherever no discriminator trains the generator")
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain values, as they stand in JSON."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: dict[str, Any], where: str = "configuration") -> Config:
+    """The inverse of `to_dict`; missing keys keep their defaults, unknown ones raise with the nearest known key."""
+    return validate(_build(Config, values, "", where))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The values of a JSON configuration file."""
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"cannot read configuration {path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold a JSON object of configuration keys")
+    return values
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` laid on top, section by section."""
+    nested = {key: merge(base[key], value) for key, value in over.items()
+              if isinstance(value, dict) and isinstance(base.get(key), dict)}  # fmt: skip
+    return {**base, **over, **nested}
+
+
+def digest(values: dict[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of `values`."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """`key: old -> new` for every key that differs and may not change on resume."""
+    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    return [f"{key}: {before[key]} -> {after[key]}" for key in before
+            if key not in FREE_ON_RESUME and before[key] != after[key]]  # fmt: skip
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _build(kind: type, values: dict[str, Any], prefix: str, where: str) -> Any:
+    types = typing.get_type_hints(kind)
+    arguments = {}
+    for key, value in values.items():
+        if key not in types:
+            raise UserError(f"unknown key {prefix}{key} in {where}{closest(key, list(types))}")
+        if dataclasses.is_dataclass(types[key]):
+            if not isinstance(value, dict):
+                raise UserError(f"{prefix}{key} in {where} must be a section, not {value!r}")
+            arguments[key] = _build(types[key], value, f"{prefix}{key}.", where)
+        else:
+            arguments[key] = _value(types[key], value, prefix + key, where)
+    return kind(**arguments)
+
+
+def _value(kind: Any, value: Any, key: str, where: str) -> Any:
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            legal = ", ".join(map(str, typing.get_args(kind)))
+            raise UserError(f"{key} in {where} is {value!r}; it must be one of {legal}")
+        return value
+    if typing.get_origin(kind) is tuple:
+        if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value):
+            return tuple(map(float, value))
+    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return float(value)
+    elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
+        return value
+    raise UserError(f"{key} in {where} is {value!r}; it must be {getattr(kind, '__name__', 'two numbers')}")

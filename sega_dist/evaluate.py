@@ -1,0 +1,151 @@
+"""Scores of a snapshot on a split, with bicubic always beside it: `sega-dist evaluate SNAPSHOT --data SHARDS`."""
+
+import csv
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from tyro.conf import Positional
+
+from sega_dist.arguments import parse
+from sega_dist.checkpoint import load_snapshot
+from sega_dist.data.images import DamagedSample, ShardReader
+from sega_dist.data.pairs import bicubic, to_uint8, to_unit
+from sega_dist.data.shards import open_manifest
+from sega_dist.errors import UserError, run
+from sega_dist.metrics import NAMES, PROTOCOL, scores
+from sega_dist.pictures import Panel, grid
+
+SHOWN = 8  # rows of the picture grid
+
+
+@dataclass(frozen=True)
+class EvaluateCommand:
+    """Score a snapshot's super-resolved images on every image of a split."""
+
+    snapshot: Positional[Path]  # a .safetensors file, or a run's folder (its newest snapshot)
+    data: Path  # folder of shards
+    split: str = "test"  # side of the data set: train, val, test or preview
+    out: Path | None = None  # folder for the results; default RUN/eval
+    batch: int = 8  # images at a time
+    device: str = "auto"  # auto, cpu, cuda
+
+
+@dataclass(frozen=True)
+class Row:
+    """One image of the split: its name and the scores of each method."""
+
+    name: str
+    scores: dict[str, dict[str, float]]  # method -> metric -> value
+
+
+def main(argv: list[str] | None = None) -> None:
+    command = parse(EvaluateCommand, argv or [], "sega-dist evaluate")
+    run_folder = command.snapshot if command.snapshot.is_dir() else command.snapshot.parent.parent
+    command = dataclasses.replace(command, out=command.out or run_folder / "eval")
+    results = evaluate(command)
+    Console().print(table(results))
+    print(f"results in {command.out}: metrics.json, per_image.csv, grid.png")
+
+
+def evaluate(command: EvaluateCommand) -> dict[str, Any]:
+    """Evaluate and write metrics.json, per_image.csv and grid.png; returns what stands in metrics.json."""
+    assert command.out is not None
+    if command.batch < 1:
+        raise UserError("--batch must be 1 or more")
+    snapshot = load_snapshot(command.snapshot, command.device)
+    manifest, scale = open_manifest(command.data), snapshot.config.scale
+    if manifest.size % scale:
+        raise UserError(f"images of side {manifest.size} cannot be reduced by the snapshot's scale {scale}")
+    reader = ShardReader(manifest, command.split)
+    rows: list[Row] = []
+    pictures: list[list[Panel]] = []
+    starts = range(0, len(reader), command.batch)
+    for start in track(starts, description=f"evaluating {command.split}", disable=not Console().is_terminal):
+        numbers = range(start, min(start + command.batch, len(reader)))
+        hr, names = read_whole(reader, numbers)
+        lr, methods = super_resolve(snapshot.generator, scale, hr.to(snapshot.device))
+        values = {method: scores(hr.to(snapshot.device), sr) for method, sr in methods.items()}
+        for i, name in enumerate(names):
+            row = {m: {key: float(v[i]) for key, v in metrics.items()} for m, metrics in values.items()}
+            rows.append(Row(name, row))
+            if len(pictures) < SHOWN:
+                pictures.append(list(_panels(hr[i], lr[i], {m: sr[i] for m, sr in methods.items()}, row)))
+    protocol = PROTOCOL | {
+        "scale": scale, "split": command.split, "data": manifest.digest, "data_split": manifest.split,
+        "crop_of_source": manifest.crop, "nimg": snapshot.nimg,
+        "lr": "bicubic, antialiased, a = -0.5, rounded to 8 bits",
+    }  # fmt: skip
+    results = {"protocol": protocol, "images": len(rows), "methods": means(rows)}
+    _write(command.out, results, rows, pictures)
+    return results
+
+
+def read_whole(reader: ShardReader, numbers: range) -> tuple[Tensor, list[str]]:
+    """Images (N,3,S,S) and their names; a damaged one ends the evaluation, since scores must cover the whole split."""
+    try:
+        return torch.stack([reader.image(i) for i in numbers]), [reader.name(i) for i in numbers]
+    except DamagedSample as error:
+        raise UserError(f"{reader.manifest.folder} is damaged: {error}; sega-dist verify names every shard") from None
+
+
+@torch.no_grad()
+def super_resolve(generator: torch.nn.Module, scale: int, hr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """LR of HR (N,3,S,S) uint8, and each method's SR at HR's size, all uint8."""
+    height, width = hr.shape[2:]
+    lr = bicubic(hr, height // scale, width // scale)
+    return lr, {"bicubic": bicubic(lr, height, width), "model": to_uint8(generator(to_unit(lr)))}
+
+
+def means(rows: list[Row]) -> dict[str, dict[str, float | None]]:
+    """Mean over images; None stands for infinite, which JSON cannot hold."""
+    methods = {}
+    for method in rows[0].scores:
+        averages = {name: sum(row.scores[method][name] for row in rows) / len(rows) for name in NAMES}
+        methods[method] = {name: value if math.isfinite(value) else None for name, value in averages.items()}
+    return methods
+
+
+def table(results: dict[str, Any]) -> Table:
+    """The results as people read them."""
+    shown = Table(title=f"{results['images']} images of split {results['protocol']['split']},"
+                        f" x{results['protocol']['scale']}")  # fmt: skip
+    for heading in ("method", "PSNR dB", "SSIM", "PSNR-Y dB", "SSIM-Y"):
+        shown.add_column(heading, justify="left" if heading == "method" else "right")
+    for method, values in results["methods"].items():
+        cells = [
+            "inf" if values[n] is None else f"{values[n]:.2f}" if "psnr" in n else f"{values[n]:.4f}" for n in NAMES
+        ]
+        shown.add_row(method, *cells)
+    return shown
+
+
+def _panels(hr: Tensor, lr: Tensor, methods: dict[str, Tensor], row: dict[str, dict[str, float]]) -> Iterator[Panel]:
+    yield Panel(lr, f"{lr.shape[1]}x{lr.shape[2]}")
+    for method, sr in methods.items():
+        yield Panel(sr, f"{row[method]['psnr']:.2f} dB / {row[method]['ssim']:.3f}")
+    yield Panel(hr)
+
+
+def _write(out: Path, results: dict[str, Any], rows: list[Row], pictures: list[list[Panel]]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "metrics.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    methods = list(results["methods"])
+    with (out / "per_image.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", *(f"{method}_{name}" for method in methods for name in NAMES)])
+        writer.writerows([row.name, *(row.scores[m][name] for m in methods for name in NAMES)] for row in rows)
+    grid(["LR", "bicubic", "SR", "HR"], pictures).save(out / "grid.png")
+
+
+if __name__ == "__main__":
+    run(main)

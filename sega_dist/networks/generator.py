@@ -1,0 +1,100 @@
+"""The generator of SEGA-FURN: dense nested blocks of residual-in-internal-dense blocks, then pixel shuffle."""
+
+import torch
+from torch import Tensor, nn
+
+from sega_dist.config import GeneratorConfig, NormConfig
+from sega_dist.kernels.idb import idb
+from sega_dist.kernels.upconv_act import upconv_act
+from sega_dist.networks.initial import glorot_, icnr_
+
+IDBS = 4  # internal dense blocks in a RIDB (paper figure 3)
+RIDBS = 3  # RIDBs in a dense nested block (paper figure 2)
+
+
+class InternalDenseBlock(nn.Module):
+    """IDB: two convolutions, the second reads the concatenation, and both add to the input."""
+
+    def __init__(self, channels: int, slope: float):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv2 = nn.Conv2d(2 * channels, channels, 3, padding=1)
+        self.slope = slope
+
+    def forward(self, x: Tensor, r: Tensor) -> Tensor:
+        one, two = self.conv1, self.conv2
+        assert one.bias is not None and two.bias is not None
+        return idb(x, r, one.weight, one.bias, two.weight, two.bias, self.slope)
+
+
+class ResidualInternalDenseBlock(nn.Module):
+    """RIDB: r + beta * Ct(four IDBs, each of which adds r)."""
+
+    def __init__(self, channels: int, slope: float, beta: float):
+        super().__init__()
+        self.blocks = nn.ModuleList(InternalDenseBlock(channels, slope) for _ in range(IDBS))
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.beta = beta
+
+    def forward(self, r: Tensor) -> Tensor:
+        x = r
+        for block in self.blocks:
+            x = block(x, r)
+        return r + self.beta * self.conv(x)
+
+
+class DenseNestedBlock(nn.Module):
+    """DNB: x + alpha * (three RIDBs in a row)."""
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        block = (config.channels, config.slope, config.beta)
+        self.blocks = nn.Sequential(*(ResidualInternalDenseBlock(*block) for _ in range(RIDBS)))
+        self.alpha = config.alpha
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.alpha * self.blocks(x)
+
+
+class UpsamplingStage(nn.Module):
+    """One doubling: convolution, pixel shuffle, LeakyReLU; (N,C,h,w) -> (N,C,2h,2w)."""
+
+    def __init__(self, channels: int, slope: float):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 4 * channels, 3, padding=1)
+        self.slope = slope
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.conv.bias is not None
+        return upconv_act(x, self.conv.weight, self.conv.bias, self.slope)
+
+
+class Generator(nn.Module):
+    """LR (N,3,h,w) in [-1,1] -> SR (N,3,scale*h,scale*w) in [-1,1]; any h and w.
+
+    Paper section 3.1 and figures 2 and 3: shallow features (SFM), dense nested blocks (MDBM), global fusion (GFF) with
+    the one long skip, upsampling (UM), 9x9 output convolution and tanh.
+    """
+
+    def __init__(self, scale: int, config: GeneratorConfig, norm: NormConfig):
+        super().__init__()
+        width, doublings = config.channels, scale.bit_length() - 1
+        assert 2**doublings == scale
+        self.shallow = nn.Conv2d(3, width, 9, padding=4)
+        self.trunk = nn.Sequential(*(DenseNestedBlock(config) for _ in range(config.nested_blocks)))
+        self.fusion = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=norm.conv_bias),
+            nn.BatchNorm2d(width, norm.eps, norm.momentum),
+        )
+        self.upsampling = nn.Sequential(*(UpsamplingStage(width, config.slope) for _ in range(doublings)))
+        self.output = nn.Conv2d(width, 3, 9, padding=4)
+        glorot_(self)
+        for stage in self.upsampling:
+            icnr_(stage.conv)  # type: ignore[arg-type]
+        if config.zero_fusion:
+            nn.init.zeros_(self.fusion[1].weight)  # type: ignore[arg-type]
+
+    def forward(self, lr: Tensor) -> Tensor:
+        shallow = self.shallow(lr)
+        fused = shallow + self.fusion(self.trunk(shallow))
+        return torch.tanh(self.output(self.upsampling(fused)))

@@ -1,0 +1,133 @@
+"""What is minimised: the D-phase and the G-phase loss of one method, from a batch, the networks and global means."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sega_dist import losses
+from sega_dist.config import Config
+from sega_dist.networks.vgg19 import Vgg19
+
+Network = Callable[..., Tensor]
+Statistics = dict[str, Tensor]  # scalars without gradient
+
+
+class Noise(NamedTuple):
+    """Uniform numbers (N,496) in [0,1) for the discriminator's dropout, by phase and side."""
+
+    d_real: Tensor
+    d_fake: Tensor
+    g_real: Tensor
+    g_fake: Tensor
+
+
+class Batch(NamedTuple):
+    """One rank's part of a global batch."""
+
+    lr: Tensor  # (N,3,h,w) in [-1,1]
+    hr: Tensor  # (N,3,H,W) in [-1,1]
+    noise: Noise
+
+
+class Targets(NamedTuple):
+    """What a step needs of HR and LR and computes once: the tuples' semantics and HR's features."""
+
+    real: Tensor | None  # what D reads beside HR: an embedding, or the image its own encoder will embed
+    fake: Tensor | None  # what D reads beside SR
+    phi_hr: Tensor | None  # conv3_3 features of HR
+
+
+@dataclass
+class SegaObjective:
+    """SEGA-FURN and its ablations: adversarial loss on (image, semantics), content loss on VGG19, pixel loss."""
+
+    config: Config
+    vgg19: Vgg19 | None
+    global_mean: Callable[[Tensor], Tensor]  # over the batch of all ranks, with gradient
+
+    @torch.no_grad()
+    def targets(self, batch: Batch, is_warmup: bool) -> Targets:
+        """Semantics and features that no player changes; one VGG19 pass serves both."""
+        kind, real, fake, phi_hr = self.config.encoder.kind, None, None, None
+        if not is_warmup and kind == "trainable":
+            real, fake = batch.hr, batch.lr
+        elif not is_warmup and kind == "vgg19_pool8":
+            assert self.vgg19 is not None
+            real, phi_hr = self.vgg19.embed(batch.hr)
+            if self.config.discriminator.fake_semantics == "lr":
+                fake, _ = self.vgg19.embed(batch.lr)
+        if self.config.loss.w_content and phi_hr is None:
+            assert self.vgg19 is not None
+            phi_hr = self.vgg19.conv3_3(batch.hr)
+        return Targets(real, fake, phi_hr)
+
+    def d_loss(self, discriminator: Network, batch: Batch, targets: Targets, sr: Tensor) -> tuple[Tensor, Statistics]:
+        """The D phase; `sr` comes detached."""
+        real = _full(discriminator(batch.hr, targets.real, batch.noise.d_real))
+        fake = _full(discriminator(sr, self._fake(targets, sr), batch.noise.d_fake))
+        if self.config.loss.adv == "rals":
+            loss = losses.rals_d(real, fake, self.global_mean(real), self.global_mean(fake))
+        else:
+            loss = losses.bce_d(real, fake)
+        return loss, {"loss_d": loss.detach(), "d_real": real.detach().mean(), "d_fake": fake.detach().mean()}
+
+    def g_loss(
+        self, discriminator: Network | None, batch: Batch, targets: Targets, sr: Tensor
+    ) -> tuple[Tensor, Statistics]:
+        """The G phase; `discriminator` is frozen, or None during the content-only warm-up."""
+        weights, terms = self.config.loss, {}
+        if weights.w_content:
+            assert self.vgg19 is not None and targets.phi_hr is not None
+            terms["content"] = losses.content(_full(targets.phi_hr), _full(self.vgg19.conv3_3(sr)))
+        if weights.w_pixel:
+            terms["pixel"] = losses.pixel(batch.hr, sr)
+        if discriminator is not None:
+            terms["adv"] = self._adversarial(discriminator, batch, targets, sr)
+        total = sum((getattr(weights, f"w_{name}") * term for name, term in terms.items()), start=sr.new_zeros(()))
+        return total, {"loss_g": total.detach()} | {f"loss_{name}": term.detach() for name, term in terms.items()}
+
+    @torch.no_grad()
+    def diagnose(self, discriminator: Network, batch: Batch, targets: Targets, sr: Tensor) -> Statistics:
+        """How often D tells real from fake, and how often it still does with the images of both sides exchanged.
+
+        The second is the hazard of the fake tuple (SR, E(LR)): near 1, D judges by the semantics alone and teaches G
+        nothing; near 0, by the image alone.
+        """
+        fake_semantics = self._fake(targets, sr)
+        shown = [(batch.hr, sr, "d_accuracy")]
+        if targets.real is not None:
+            shown.append((sr, batch.hr, "d_accuracy_exchanged"))
+        statistics = {}
+        for beside_real, beside_fake, name in shown:
+            real = _full(discriminator(beside_real, targets.real, batch.noise.d_real))
+            fake = _full(discriminator(beside_fake, fake_semantics, batch.noise.d_fake))
+            mean_real, mean_fake = self.global_mean(real), self.global_mean(fake)
+            hits = torch.cat([real > mean_fake, fake < mean_real]) if self.config.loss.adv == "rals" else None
+            hits = torch.cat([real > 0, fake < 0]) if hits is None else hits
+            statistics[name] = hits.to(real.dtype).mean()
+        return statistics
+
+    def _adversarial(self, discriminator: Network, batch: Batch, targets: Targets, sr: Tensor) -> Tensor:
+        fake = _full(discriminator(sr, self._fake(targets, sr), batch.noise.g_fake))
+        if self.config.loss.adv == "bce":
+            return losses.bce_g(fake)
+        with torch.no_grad():
+            real = _full(discriminator(batch.hr, targets.real, batch.noise.g_real))
+        return losses.rals_g(real, fake, self.global_mean(real), self.global_mean(fake))
+
+    def _fake(self, targets: Targets, sr: Tensor) -> Tensor | None:
+        """The fake tuple's semantics: those of LR (paper), or of SR with gradient into the generator."""
+        if self.config.discriminator.fake_semantics == "lr" or targets.real is None:
+            return targets.fake
+        if self.config.encoder.kind == "trainable":
+            return sr
+        assert self.vgg19 is not None
+        return self.vgg19.embed(sr)[0]
+
+
+def _full(x: Tensor) -> Tensor:
+    """Losses are computed in fp32 at least, whatever the networks' precision."""
+    return x if x.dtype == torch.float64 else x.float()

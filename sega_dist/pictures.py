@@ -1,0 +1,51 @@
+"""Pictures that people look at: rows of faces side by side, with titles and scores."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+MARGIN, TITLE, CAPTION = 6, 26, 20  # pixels
+INK, PAPER, GREY = (20, 20, 20), (255, 255, 255), (110, 110, 110)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture of a row: (3,h,w) uint8 and a short line below it."""
+
+    image: Tensor
+    caption: str = ""
+
+
+def grid(titles: list[str], rows: list[list[Panel]], side: int = 256) -> Image.Image:
+    """Rows of panels under column titles; small images keep hard pixel edges, so that LR looks like LR."""
+    height, width = TITLE + len(rows) * (side + CAPTION + MARGIN), MARGIN + len(titles) * (side + MARGIN)
+    sheet = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    title_font, caption_font = ImageFont.load_default(16), ImageFont.load_default(13)
+    for column, title in enumerate(titles):
+        x = MARGIN + column * (side + MARGIN)
+        draw.text((x + side // 2, TITLE // 2), title, INK, title_font, anchor="mm")
+        for number, row in enumerate(rows):
+            y = TITLE + number * (side + CAPTION + MARGIN)
+            sheet.paste(_shown(row[column].image, side), (x, y))
+            draw.text((x + side // 2, y + side + CAPTION // 2), row[column].caption, GREY, caption_font, anchor="mm")
+    return sheet
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB image as (3,H,W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    """(3,H,W) uint8 as an RGB image."""
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().contiguous().numpy())
+
+
+def _shown(pixels: Tensor, side: int) -> Image.Image:
+    enlarged = F.interpolate(pixels[None].float().cpu(), size=(side, side), mode="nearest-exact")
+    return to_image(enlarged[0].to(torch.uint8))

@@ -1,0 +1,54 @@
+"""A few fixed faces, super-resolved now and then, to see how far a run is."""
+
+import torch
+
+from sega_dist.config import Config
+from sega_dist.data.images import ShardReader
+from sega_dist.data.pairs import bicubic, to_uint8, to_unit
+from sega_dist.data.shards import Manifest
+from sega_dist.distributed import World
+from sega_dist.metrics import scores
+from sega_dist.networks.generator import Generator
+from sega_dist.pictures import Panel, grid
+from sega_dist.stats import Report
+
+PREVIEWS = 6  # faces in the picture grid
+
+
+class Preview:
+    """A few fixed faces that show how far the generator is."""
+
+    def __init__(self, manifest: Manifest, config: Config, world: World):
+        side = next(side for side in ("preview", "val", "test", "train") if side in manifest.sides)
+        reader = ShardReader(manifest, side)
+        numbers = sorted({round(i * (len(reader) - 1) / max(PREVIEWS - 1, 1)) for i in range(PREVIEWS)})
+        self.world, self.scale = world, config.scale
+        self.hr = torch.stack([reader.image(number) for number in numbers]).to(world.device)
+        height, width = self.hr.shape[2:]
+        self.lr = bicubic(self.hr, height // config.scale, width // config.scale)
+        self.bicubic = bicubic(self.lr, height, width)
+        self.bicubic_psnr = scores(self.hr, self.bicubic)["psnr"].tolist()
+
+    @torch.no_grad()
+    def show(self, report: Report, generator: Generator, nimg: int) -> dict[str, float]:
+        """A picture grid on the main process, and the mean PSNR for the tick."""
+        if not self.world.is_main:
+            return {}
+        was_training = generator.training
+        generator.eval()
+        with self.world.autocast():
+            sr = to_uint8(generator(to_unit(self.lr, self.world.dtype)))
+        generator.train(was_training)
+        psnr = scores(self.hr, sr)["psnr"].tolist()
+        rows = [
+            [
+                Panel(lr, f"{lr.shape[1]}x{lr.shape[2]}"),
+                Panel(low, f"{a:.2f} dB"),
+                Panel(high, f"{b:.2f} dB"),
+                Panel(hr),
+            ]
+            for lr, low, high, hr, a, b in zip(self.lr, self.bicubic, sr, self.hr, self.bicubic_psnr, psnr, strict=True)
+        ]
+        report.picture("preview", grid(["LR", "bicubic", f"SR, {nimg / 1000:g} kimg", "HR"], rows), nimg)
+        mean = sum(psnr) / len(psnr)
+        return {"preview_psnr": mean, "preview_psnr_bicubic": sum(self.bicubic_psnr) / len(self.bicubic_psnr)}

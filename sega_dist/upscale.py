@@ -1,0 +1,127 @@
+"""Super-resolve photographs: `sega-dist upscale SNAPSHOT IN OUT` for a file or a folder."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import Tensor, nn
+from tyro.conf import Positional
+
+from sega_dist.arguments import parse
+from sega_dist.checkpoint import load_snapshot
+from sega_dist.data.crops import UnusableImage, decode
+from sega_dist.data.pairs import to_uint8, to_unit
+from sega_dist.data.sources import SUFFIXES
+from sega_dist.errors import UserError, run
+from sega_dist.pictures import to_image, to_tensor
+
+MIN_SIDE = 8  # pixels; below that there is no face to see
+OVERLAP = 16  # LR pixels at which neighbouring tiles see each other's content before they are cut
+
+
+@dataclass(frozen=True)
+class UpscaleCommand:
+    """Enlarge a photograph, or every photograph of a folder, by the snapshot's scale."""
+
+    snapshot: Positional[Path]  # a .safetensors file, or a run's folder (its newest snapshot)
+    source: Positional[Path]  # an image, or a folder of images (with sub-folders)
+    out: Positional[Path]  # the image to write, or the folder for images of the same names
+    batch: int = 8  # images of equal size at a time
+    tile: int = 256  # larger inputs are done in tiles of this many pixels, to bound memory; 0 = always whole
+    device: str = "auto"  # auto, cpu, cuda
+
+
+def main(argv: list[str] | None = None) -> None:
+    command = parse(UpscaleCommand, argv or [], "sega-dist upscale")
+    done, skipped = upscale(command)
+    print(f"{done} images -> {command.out}" + (f", {skipped} skipped" if skipped else ""))
+
+
+def upscale(command: UpscaleCommand) -> tuple[int, int]:
+    """Returns how many images were written and how many could not be read."""
+    if command.batch < 1 or (command.tile != 0 and command.tile <= 2 * OVERLAP):
+        raise UserError(f"--batch must be 1 or more, and --tile 0 or above {2 * OVERLAP}")
+    targets = plan(command.source, command.out)
+    snapshot = load_snapshot(command.snapshot, command.device)
+    done, problems = 0, list[str]()
+    for names, images in batches(list(targets), command.batch, problems, is_alone=not command.source.is_dir()):
+        large = enlarge(
+            snapshot.generator, torch.stack(images).to(snapshot.device), snapshot.config.scale, command.tile
+        )
+        for name, pixels in zip(names, large, strict=True):
+            targets[name].parent.mkdir(parents=True, exist_ok=True)
+            to_image(pixels).save(targets[name], quality=95, subsampling=0)
+            done += 1
+    for problem in problems:
+        print(f"skipped {problem}")
+    if not done:
+        raise UserError(f"none of the images in {command.source} can be used: {problems[0]}")
+    return done, len(problems)
+
+
+def plan(source: Path, out: Path) -> dict[Path, Path]:
+    """Each input with its output; raises UserError for what is missing, or would be overwritten."""
+    if source.is_file():
+        target = out / source.name if out.is_dir() else out
+        if target.suffix.lower() not in SUFFIXES:
+            raise UserError(f"{target} does not name an image; use one of {', '.join(sorted(SUFFIXES))}")
+        targets = {source: target}
+    elif source.is_dir():
+        if out.is_file():
+            raise UserError(f"{out} is a file; name a folder for the images of {source}")
+        found = sorted(p for p in source.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+        targets = {path: out / path.relative_to(source) for path in found}
+    else:
+        raise UserError(f"{source} does not exist; give an image or a folder of images")
+    if not targets:
+        raise UserError(f"{source} holds no images ({', '.join(sorted(SUFFIXES))})")
+    taken = next((target for target in targets.values() if target.exists()), None)
+    if taken:
+        raise UserError(f"{taken} exists; remove it or name another place")
+    return targets
+
+
+def batches(
+    files: list[Path], size: int, problems: list[str], is_alone: bool
+) -> Iterator[tuple[list[Path], list[Tensor]]]:
+    """Neighbouring images of equal size together; what cannot be read goes to `problems`."""
+    names: list[Path] = []
+    images: list[Tensor] = []
+    for file in track(files, description="upscaling", disable=is_alone):
+        try:
+            pixels = to_tensor(decode(file.read_bytes(), MIN_SIDE))
+        except (UnusableImage, OSError) as error:
+            problems.append(f"{file}: {error}")
+            continue
+        if names and (len(names) == size or pixels.shape != images[0].shape):
+            yield names, images
+            names, images = [], []
+        names.append(file)
+        images.append(pixels)
+    if names:
+        yield names, images
+
+
+@torch.no_grad()
+def enlarge(generator: nn.Module, lr: Tensor, scale: int, tile: int) -> Tensor:
+    """(N,3,h,w) uint8 -> (N,3,scale*h,scale*w) uint8, in overlapping tiles where h or w is above `tile`."""
+    height, width = lr.shape[2:]
+    if not tile or max(height, width) <= tile:
+        return to_uint8(generator(to_unit(lr)))
+    out = lr.new_empty(len(lr), 3, height * scale, width * scale)
+    step = tile - 2 * OVERLAP
+    for top in range(0, height, step):
+        for left in range(0, width, step):
+            y, x = max(top - OVERLAP, 0), max(left - OVERLAP, 0)  # where the tile begins
+            part = lr[:, :, y : top + step + OVERLAP, x : left + step + OVERLAP]
+            large = to_uint8(generator(to_unit(part)))
+            bottom, right = min(top + step, height), min(left + step, width)
+            inner = large[:, :, (top - y) * scale : (bottom - y) * scale, (left - x) * scale : (right - x) * scale]
+            out[:, :, top * scale : bottom * scale, left * scale : right * scale] = inner
+    return out
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,73 @@
+"""Weights made elsewhere: where VGG19's are found, and reading them without executing anything."""
+
+import hashlib
+import os
+import pickle
+import re
+import urllib.error
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, hub
+
+from sega_dist.errors import UserError
+from sega_dist.networks.vgg19 import Vgg19
+
+VARIABLE = "SEGA_DIST_VGG19"
+URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"  # torchvision's VGG19_Weights.IMAGENET1K_V1, 548 MB
+
+
+def load_vgg19(network: Vgg19, path: Path | None) -> str:
+    """Fill `network` from `path`, else from $SEGA_DIST_VGG19, else from torch.hub's cache or a download.
+
+    Returns the SHA-256 of the file. Raises UserError if there are no weights, or they do not fit.
+    """
+    file = path or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else _downloaded())
+    state = _read(file)
+    wanted = network.state_dict()
+    missing = [key for key in wanted if key not in state]
+    if missing:
+        raise UserError(f"{file} has no {missing[0]}: it must hold VGG19 with torchvision's key names")
+    wrong = [key for key in wanted if state[key].shape != wanted[key].shape]
+    if wrong:
+        raise UserError(
+            f"{file}: {wrong[0]} is {tuple(state[wrong[0]].shape)}, VGG19's is {tuple(wanted[wrong[0]].shape)}"
+        )
+    if not all(bool(torch.isfinite(state[key]).all()) for key in wanted):
+        raise UserError(f"{file} holds values that are not finite numbers")
+    network.load_state_dict({key: state[key].to(wanted[key].dtype) for key in wanted})
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise UserError(f"weight file {file} does not exist; give VGG19's by --vgg19 PATH or ${VARIABLE}")
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
+        raise UserError(f"cannot read weight file {file}: {reason}") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{file} is not a state dict of tensors")
+    return state
+
+
+def _downloaded() -> Path:
+    name = URL.rsplit("/", 1)[1]
+    file = Path(hub.get_dir()) / "checkpoints" / name
+    if not file.is_file():
+        prefix = re.findall(r"-([0-9a-f]{8,})\.", name)[0]  # torchvision writes the start of the digest into the name
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            hub.download_url_to_file(URL, str(file), hash_prefix=prefix)
+        except (OSError, urllib.error.URLError, RuntimeError) as error:
+            raise UserError(
+                f"VGG19's weights are needed, and {URL} could not be fetched ({error}); give them by --vgg19 PATH"
+                f" or ${VARIABLE}, or train a preset that needs none, such as tiny_x4"
+            ) from None
+    return file
