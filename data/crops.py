@@ -72,7 +72,9 @@ def _opened(data: bytes, min_side: int = MIN_SIDE) -> Image.Image:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our own limit on pixels stands below
             image = Image.open(io.BytesIO(data))
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:
+        raise UnusableImage(f"its header claims far more than the limit of {MAX_PIXELS:,} pixels") from None
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
         raise UnusableImage(f"not an image that can be read ({type(error).__name__})") from None
     width, height = image.size
     if width * height > MAX_PIXELS:

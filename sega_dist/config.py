@@ -236,4 +236,5 @@ def _value(kind: Any, value: Any, key: str, where: str) -> Any:
         return float(value)
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise UserError(f"{key} in {where} is {value!r}; it must be {getattr(kind, '__name__', 'two numbers')}")
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    raise UserError(f"{key} in {where} is {value!r}; it must be {names.get(kind, 'two numbers')}")

@@ -69,8 +69,11 @@ def _describe(config: Config) -> dict[str, dict[str, Any]]:
         if config.encoder.kind != "none":
             encoder, embed = _encoder(discriminator)
             embedding = embed(hr)
-            of_hr, of_lr = _row(encoder, "HR", hr, embed), _row(encoder, "LR", lr, embed)
-            networks["encoder"] = of_hr | {"shapes": of_hr["shapes"] + of_lr["shapes"], "gflop_lr": of_lr["gflop"]}
+            of_hr = _row(encoder, "HR", hr, embed)
+            if config.discriminator.fake_semantics == "lr":
+                of_lr = _row(encoder, "LR", lr, embed)
+                of_hr |= {"shapes": of_hr["shapes"] + of_lr["shapes"], "gflop_lr": of_lr["gflop"]}
+            networks["encoder"] = of_hr
         if isinstance(discriminator, EncodingDiscriminator):
             discriminator = discriminator.discriminator
         networks["discriminator"] = _row(discriminator, "image", hr, lambda hr: discriminator(hr, embedding, noise))

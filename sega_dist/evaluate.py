@@ -23,7 +23,7 @@ from sega_dist.data.pairs import bicubic, to_uint8, to_unit
 from sega_dist.data.shards import open_manifest
 from sega_dist.errors import UserError, run
 from sega_dist.metrics import NAMES, PROTOCOL, scores
-from sega_dist.pictures import Panel, grid
+from sega_dist.pictures import Panel, grid, to_image
 
 SHOWN = 8  # rows of the picture grid
 
@@ -37,6 +37,7 @@ class EvaluateCommand:
     split: str = "test"  # side of the data set: train, val, test or preview
     out: Path | None = None  # folder for the results; default RUN/eval
     batch: int = 8  # images at a time
+    save: int = 0  # write LR and SR of the first so many images as PNG to OUT/lr and OUT/sr
     device: str = "auto"  # auto, cpu, cuda
 
 
@@ -78,6 +79,8 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         for i, name in enumerate(names):
             row = {m: {key: float(v[i]) for key, v in metrics.items()} for m, metrics in values.items()}
             rows.append(Row(name, row))
+            if start + i < command.save:
+                _save(command.out, name, {"lr": lr[i], "sr": methods["model"][i]})
             if len(pictures) < SHOWN:
                 pictures.append(list(_panels(hr[i], lr[i], {m: sr[i] for m, sr in methods.items()}, row)))
     protocol = PROTOCOL | {
@@ -127,6 +130,12 @@ def table(results: dict[str, Any]) -> Table:
         ]
         shown.add_row(method, *cells)
     return shown
+
+
+def _save(out: Path, name: str, images: dict[str, Tensor]) -> None:
+    for kind, pixels in images.items():
+        (out / kind).mkdir(parents=True, exist_ok=True)
+        to_image(pixels).save(out / kind / f"{Path(name).stem}.png")
 
 
 def _panels(hr: Tensor, lr: Tensor, methods: dict[str, Tensor], row: dict[str, dict[str, float]]) -> Iterator[Panel]:

@@ -1,10 +1,13 @@
 """Pictures that people look at: rows of faces side by side, with titles and scores."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -34,6 +37,28 @@ def grid(titles: list[str], rows: list[list[Panel]], side: int = 256) -> Image.I
             sheet.paste(_shown(row[column].image, side), (x, y))
             draw.text((x + side // 2, y + side + CAPTION // 2), row[column].caption, GREY, caption_font, anchor="mm")
     return sheet
+
+
+def curves(entries: list[dict[str, Any]], path: Path) -> None:
+    """Losses, logits and preview PSNR against thousands of images, from the lines of stats.jsonl, to a PNG."""
+    panels = {
+        "generator": ["loss_g", "loss_content", "loss_pixel"],
+        "discriminator": ["loss_d", "loss_adv"],
+        "logits": ["d_real", "d_fake"],
+        "preview PSNR, dB": ["preview_psnr", "preview_psnr_bicubic"],
+    }
+    figure = Figure(figsize=(12, 3.2), layout="constrained")
+    for axis, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
+        for name in names:
+            points = [(entry["nimg"] / 1000, entry[name]) for entry in entries if name in entry]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 20 else None)
+        axis.set_title(title)
+        axis.set_xlabel("kimg")
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

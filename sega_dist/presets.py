@@ -35,8 +35,10 @@ def tiny(scale: Scale) -> Config:
         loss=LossConfig(w_content=0.0, w_pixel=1.0),
         train=TrainConfig(
             images=10_000,
+            batch_size=4,
             learning_rate=1e-3,
-            ema_kimg=0.4,
+            betas=(0.9, 0.99),
+            ema_kimg=0.3,
             content_warmup_kimg=9.0,
             tick_kimg=0.4,
             grid_kimg=2.0,

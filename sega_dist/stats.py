@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from sega_dist.pictures import to_tensor
+from sega_dist.pictures import curves, to_tensor
 
 FILE = "stats.jsonl"
 
@@ -85,6 +85,12 @@ class Report:
         folder.mkdir(exist_ok=True)
         image.save(folder / f"{name}-{nimg:012d}.png")
         self.writer.add_image(name, to_tensor(image), nimg)
+
+    def curves(self) -> None:
+        """RUN/curves.png, from all lines so far."""
+        if self.run is not None:
+            lines = (self.run / FILE).read_text().splitlines()
+            curves([json.loads(line) for line in lines], self.run / "curves.png")
 
     def say(self, message: str) -> None:
         """A sentence for the person who watches."""

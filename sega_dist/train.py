@@ -178,6 +178,7 @@ class Training:
                 self.report.tick(entry)
                 if is_saving:
                     self.save()
+                    self.report.curves()
                 waited, since, began = 0.0, self.nimg, time.perf_counter()
             if is_stopping:
                 self.report.say(f"stopped at {self.nimg:,} images; continue with --resume latest")

@@ -22,7 +22,8 @@ def build_discriminator(config: Config) -> nn.Module:
     discriminator = Discriminator(config.hr_size, semantics, bias, config.discriminator, config.norm)
     if config.encoder.kind != "trainable":
         return discriminator
-    encoder = TrainableEncoder(config.hr_size, config.lr_size, config.encoder.width, config.norm)
+    lr_size = config.lr_size if config.discriminator.fake_semantics == "lr" else None
+    encoder = TrainableEncoder(config.hr_size, lr_size, config.encoder.width, config.norm)
     return EncodingDiscriminator(encoder, discriminator)
 
 

@@ -28,13 +28,17 @@ def encoder_branch(side: int, width: int, norm: NormConfig) -> nn.Sequential:
 
 
 class TrainableEncoder(nn.Module):
-    """Two branches, one for HR and one for LR images, to embeddings of the same shape (N,8*width,8,8)."""
+    """Two branches, one for HR and one for LR images, to embeddings of the same shape (N,8*width,8,8).
 
-    def __init__(self, hr_size: int, lr_size: int, width: int, norm: NormConfig):
+    Without `lr_size` there is no LR branch: nothing is ever embedded by it where the fake tuple shows SR's semantics.
+    """
+
+    def __init__(self, hr_size: int, lr_size: int | None, width: int, norm: NormConfig):
         super().__init__()
         self.hr_size = hr_size
         self.hr = encoder_branch(hr_size, width, norm)
-        self.lr = encoder_branch(lr_size, width, norm)
+        if lr_size is not None:
+            self.lr = encoder_branch(lr_size, width, norm)
         glorot_(self)
 
     def forward(self, image: Tensor) -> Tensor:

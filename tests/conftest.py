@@ -1,0 +1,70 @@
+"""What the tests share: small procedural faces, their shards, and ways to run the program as a user does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sega_dist.data.shards import Manifest, open_manifest
+from sega_dist.data.synthetic import write_folder
+from sega_dist.shard import ShardCommand, shard
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# A network of a few thousand weights on 64-pixel faces, with every part of the real one.
+SMALL = [
+    "--preset", "tiny_x4", "--data.size", "64", "--data.patch", "0", "--data.workers", "0",
+    "--generator.channels", "8", "--encoder.width", "2", "--discriminator.width", "4",
+    "--train.batch-size", "12", "--train.content-warmup-kimg", "0", "--train.tick-kimg", "0.012",
+    "--train.grid-kimg", "1", "--train.checkpoint-kimg", "1", "--train.ema-kimg", "0.1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 30 procedural faces of 64 pixels in CelebA's layout."""
+    folder = tmp_path_factory.mktemp("source") / "faces"
+    write_folder(folder, images=30, seed=7, size=64)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def manifest(faces: Path, tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """Those faces as shards: 24 to train, 6 to test, in shards of 10."""
+    out = tmp_path_factory.mktemp("data") / "shards"
+    shard(ShardCommand(faces, out, size=64, shard_size=10, jobs=1))
+    return open_manifest(out)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real faces and weights, or a skip that says what is missing."""
+    folder = os.environ.get("SEGA_DIST_TEST_DATA")
+    if not folder:
+        pytest.skip("SEGA_DIST_TEST_DATA is not set: no real faces and no VGG19 weights")
+    return Path(folder)
+
+
+def program(*words: object, ranks: int = 0, timeout: float = 240, env: dict[str, str] | None = None,
+            code: int = 0) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Run `sega-dist WORDS`, or with `ranks` its training under accelerate launch; check the exit code."""
+    python = [sys.executable, "-m"]
+    if ranks:
+        assert words[0] == "train"
+        yaml = ROOT / "launchers/accelerate/cpu.yaml"
+        start = [*python, "accelerate.commands.launch", "--config_file", str(yaml), "--num_processes", str(ranks), "-m"]
+        command = [*start, "sega_dist.train", *map(str, words[1:])]
+    else:
+        command = [*python, "sega_dist", *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
+    assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(autouse=True)
+def _one_seed() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,335 @@
+"""Order, pairs, sources, splits, crops, shards and their reading."""
+
+import hashlib
+import io
+import json
+import math
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from sega_dist.data import crops, positions, splits
+from sega_dist.data.images import DamagedSample, RankPositions, ShardReader, TrainingImages, training_loader
+from sega_dist.data.pairs import bicubic, make_pair, patches, to_uint8, to_unit
+from sega_dist.data.shards import Manifest, open_manifest, verify
+from sega_dist.data.sources import open_source, sample_keys
+from sega_dist.data.synthetic import face
+from sega_dist.errors import UserError
+from sega_dist.pictures import to_tensor
+from sega_dist.shard import ShardCommand, shard
+
+
+def digest(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
+
+
+def jpeg(image: Image.Image, **options: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, "JPEG", **options)
+    return out.getvalue()
+
+
+def portrait(size: int = 64, index: int = 0) -> Image.Image:
+    return Image.fromarray(face(1, index, size))
+
+
+# --- order
+
+
+def test_raw_numbers_are_philox_for_ever():
+    """Fixed values: if they change, every run resumed on this machine would see other images."""
+    assert positions.raw(0, positions.ORDER, 0, 0, 2).tolist() == [15003734204198539638, 13859618513508960101]
+    assert positions.order(3, 1, 10).tolist() == [2, 1, 7, 5, 3, 6, 4, 0, 9, 8]
+
+
+@given(seed=st.integers(0, 2**31), n=st.integers(1, 50), number=st.integers(0, 5))
+@settings(max_examples=50, deadline=None)
+def test_every_n_images_visit_each_sample_once(seed: int, n: int, number: int):
+    visited = [positions.sample_at(seed, number * n + k, n) for k in range(n)]
+    assert sorted(visited) == list(range(n))
+
+
+def test_passes_and_seeds_differ():
+    orders = [positions.order(seed, number, 100).tolist() for seed in (0, 1) for number in (0, 1)]
+    assert len(set(map(tuple, orders))) == 4
+
+
+@given(first=st.integers(0, 10**9), count=st.integers(1, 9), width=st.integers(1, 9), at=st.integers(0, 8))
+@settings(max_examples=50, deadline=None)
+def test_noise_of_an_image_does_not_depend_on_its_batch(first: int, count: int, width: int, at: int):
+    together = positions.uniform(5, positions.FLIP, first, count, width)
+    alone = positions.uniform(5, positions.FLIP, first + at % count, 1, width)
+    assert np.array_equal(together[at % count], alone[0])
+    assert (together >= 0).all()
+    assert (together < 1).all()
+
+
+def test_noise_is_uniform():
+    values = positions.uniform(0, positions.D_REAL, 0, 500, 496)
+    assert values.mean() == pytest.approx(0.5, abs=0.003)
+    assert values.var() == pytest.approx(1 / 12, abs=0.002)
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 0), (3, 0), (4, 0), (6, 0), (1, 1), (2, 1)])
+def test_global_batches_do_not_depend_on_ranks_workers_or_stops(manifest: Manifest, ranks: int, workers: int):
+    reader = ShardReader(manifest, "train")
+
+    def read(first: int, steps: int) -> torch.Tensor:
+        """The global batches from a position on, put together from all ranks."""
+        parts = []
+        for rank in range(ranks):
+            loader = training_loader(TrainingImages(reader, 4), RankPositions(first, 12, rank, ranks), workers)
+            parts.append([images for _, (images, _) in zip(range(steps), loader, strict=False)])
+        return torch.cat([torch.cat([part[step] for part in parts]) for step in range(steps)])
+
+    expected = torch.stack([reader.image(positions.sample_at(4, k, 24)) for k in range(60)])
+    assert torch.equal(read(0, 5), expected)
+    assert torch.equal(read(36, 2), expected[36:])
+
+
+# --- pairs
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8, 16])
+def test_bicubic_is_pillows_to_one_grey_level(scale: int):
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8))
+    for image in (portrait(256), noise):
+        side = 256 // scale
+        ours = bicubic(to_tensor(image)[None], side, side)[0]
+        pillows = to_tensor(image.resize((side, side), Image.Resampling.BICUBIC))
+        assert (ours.int() - pillows.int()).abs().max() <= 1
+        up = bicubic(pillows[None], 256, 256)[0]
+        back = to_tensor(
+            image.resize((side, side), Image.Resampling.BICUBIC).resize((256, 256), Image.Resampling.BICUBIC)
+        )
+        assert (up.int() - back.int()).abs().max() <= 1
+
+
+def test_lr_of_a_constant_image_is_that_constant():
+    image = torch.full((1, 3, 64, 64), 201, dtype=torch.uint8)
+    assert (bicubic(image, 16, 16) == 201).all()
+
+
+def test_pairs_flip_both_and_keep_8_bits():
+    hr = torch.stack([to_tensor(portrait(64, i)) for i in range(2)])
+    lr_unit, hr_unit = make_pair(hr, np.array([False, True]), 4, torch.float32)
+    assert torch.equal(to_uint8(hr_unit), torch.stack([hr[0], hr[1].flip(2)]))
+    assert torch.equal(to_uint8(lr_unit), bicubic(torch.stack([hr[0], hr[1].flip(2)]), 16, 16))
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    assert torch.equal(to_uint8(to_unit(levels)), levels)
+    assert to_unit(levels).aminmax() == (-1, 1)
+
+
+def test_patches_reach_every_corner():
+    images = torch.arange(2 * 3 * 64 * 64).view(2, 3, 64, 64)
+    cut = patches(images, 32, np.array([[0.0, 0.0], [0.9999, 0.9999]]))
+    assert torch.equal(cut[0], images[0, :, :32, :32])
+    assert torch.equal(cut[1], images[1, :, 32:, 32:])
+    assert torch.equal(patches(images, 64, np.array([[0.3, 0.9], [0.0, 0.5]])), images)
+
+
+# --- splits
+
+
+def test_split_counts_on_a_listing_of_celeba():
+    names = [f"{i:06d}.jpg" for i in range(1, 202_600)]
+    sides = splits.sega(names, 0)
+    assert {side: len(part) for side, part in sides.items()} == {"train": 162_048, "test": 40_511, "preview": 40}
+    assert sorted(name for part in sides.values() for name in part) == names
+    assert splits.sega(names, 0) == sides
+    assert splits.sega(names, 1)["test"] != sides["test"]
+
+
+def test_split_counts_elsewhere():
+    sides = splits.sega([str(i) for i in range(37)], 0)
+    assert {side: len(part) for side, part in sides.items()} == {"train": 30, "test": 7}
+
+
+def test_official_split_of_celebas_own_list(real_data: Path):
+    from sega_dist.data.sources import read_partition
+
+    partition = read_partition(real_data, real_data / "celeba_meta")
+    sides = splits.official(list(partition), partition)
+    assert {side: len(part) for side, part in sides.items()} == {"train": 162_770, "val": 19_867, "test": 19_962}
+
+
+# --- crops
+
+
+def test_crop_sega_puts_the_landmarks_where_the_paper_shows_them():
+    """A mark at each canonical landmark of an aligned CelebA image, found again in the crop."""
+    landmarks = {(69.5, 111.0): (0.374, 0.511), (107.5, 111.0): (0.619, 0.511), (88.5, 152.0): (0.497, 0.727)}
+    for (x, y), (u, v) in landmarks.items():
+        image = Image.new("RGB", (178, 218))
+        for column in {math.floor(x), math.ceil(x)}:
+            image.putpixel((column, int(y)), (255, 255, 255))
+        pixels = np.asarray(crops.sega(image, 256).convert("L"), dtype=float)
+        rows, columns = np.indices(pixels.shape)
+        assert (rows * pixels).sum() / pixels.sum() / 256 == pytest.approx(v, abs=0.003)
+        assert (columns * pixels).sum() / pixels.sum() / 256 == pytest.approx(u, abs=0.003)
+
+
+def test_an_image_of_the_right_size_is_kept_byte_for_byte():
+    data = jpeg(portrait(64), quality=80)
+    assert crops.hr_bytes(data, "sega", 64) == data
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for other in (jpeg(portrait(64), exif=turned), jpeg(portrait(64).convert("L")), jpeg(portrait(80))):
+        remade = crops.hr_bytes(other, "sega", 64)
+        assert remade != other
+        with Image.open(io.BytesIO(remade)) as image:
+            assert (image.size, image.mode) == ((64, 64), "RGB")
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16"])
+@pytest.mark.parametrize("crop", ["sega", "plain", "square"])
+def test_every_mode_becomes_rgb(mode: str, crop: str):
+    image = Image.new("I;16", (70, 90), 3000) if mode == "I;16" else portrait(96).convert(mode)
+    out = io.BytesIO()
+    image.save(out, "TIFF" if mode == "CMYK" else "PNG")
+    with Image.open(io.BytesIO(crops.hr_bytes(out.getvalue(), crop, 64))) as made:
+        assert (made.size, made.mode) == ((64, 64), "RGB")
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>", jpeg(portrait(64))[:900], jpeg(portrait(32).resize((8, 8)))])
+def test_unusable_images_say_why(data: bytes):
+    with pytest.raises(crops.UnusableImage):
+        crops.hr_bytes(data, "sega", 64)
+
+
+def test_a_bomb_is_refused_from_its_header():
+    header = jpeg(portrait(64)).replace(b"\x00\x40\x00\x40", b"\xff\xf0\xff\xf0")
+    with pytest.raises(crops.UnusableImage, match="limit"):
+        crops.hr_bytes(header, "sega", 64)
+
+
+# --- sources
+
+
+def test_folder_and_zip_are_the_same_source(faces: Path, tmp_path: Path):
+    archive = tmp_path / "faces.zip"
+    with zipfile.ZipFile(archive, "w") as out:
+        for path in sorted(faces.rglob("*.jpg")):
+            out.write(path, path.relative_to(faces))
+        out.writestr("__MACOSX/._000001.jpg", b"x")
+        out.writestr("readme.txt", b"x")
+    shard(ShardCommand(faces, tmp_path / "a", size=64, jobs=1))
+    shard(ShardCommand(archive, tmp_path / "b", size=64, jobs=1))
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+def test_keys_are_unique_and_safe():
+    keys = sample_keys(("a/1.x.jpg", "b/1.x.jpg", "../etc/p w.png"))
+    assert len(set(keys.values())) == 3
+    assert all(set(key) <= set("abcdefghijklmnopqrstuvwxyz0123456789_-") for key in keys.values())
+    assert sample_keys(("a/000001.jpg",)) == {"a/000001.jpg": "000001"}
+
+
+# --- shards
+
+
+def test_shards_are_deterministic_for_any_number_of_jobs(faces: Path, tmp_path: Path):
+    for name, jobs in (("a", 1), ("b", 3)):
+        shard(ShardCommand(faces, tmp_path / name, size=64, shard_size=7, jobs=jobs))
+    assert digest(tmp_path / "a") == digest(tmp_path / "b")
+
+
+def test_manifest_counts_and_digest(manifest: Manifest):
+    assert (manifest.images("train"), manifest.images("test")) == (24, 6)
+    assert [shard.samples for shard in manifest.side("train")] == [10, 10, 4]
+    assert open_manifest(manifest.folder).digest == manifest.digest
+    assert all(problem is None for _, problem in verify(manifest))
+
+
+def test_shards_hold_the_sources_bytes(manifest: Manifest, faces: Path):
+    reader = ShardReader(manifest, "test")
+    for number in range(len(reader)):
+        with Image.open(faces / reader.name(number)) as image:
+            assert torch.equal(reader.image(number), to_tensor(image))
+
+
+def test_webdataset_reads_our_shards(manifest: Manifest):
+    urls = [str(manifest.folder / shard.name) for shard in manifest.side("train")]
+    found = {s["__key__"]: s["jpg"] for s in webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)}
+    reader = ShardReader(manifest, "train")
+    assert len(found) == 24
+    assert found[Path(reader.name(3)).stem] == reader._member(3, 0)
+
+
+def test_a_corrupt_image_among_many_is_skipped_and_counted(faces: Path, tmp_path: Path):
+    folder = tmp_path / "faces"
+    shutil.copytree(faces, folder)
+    (folder / "img_align_celeba/000005.jpg").write_bytes(b"\xff\xd8 not much of a JPEG")
+    made = shard(ShardCommand(folder, tmp_path / "shards", split="train", size=64, jobs=1))
+    assert (made.images("train"), made.skipped) == (29, 1)
+    (line,) = (tmp_path / "shards/skipped.jsonl").read_text().splitlines()
+    assert json.loads(line)["name"] == "img_align_celeba/000005.jpg"
+
+
+def test_too_many_unusable_images_fail_and_leave_nothing(faces: Path, tmp_path: Path):
+    folder = tmp_path / "faces"
+    shutil.copytree(faces, folder)
+    for path in sorted(folder.rglob("*.jpg"))[:11]:
+        path.write_bytes(b"broken")
+    with pytest.raises(UserError, match="max-skip"):
+        shard(ShardCommand(folder, tmp_path / "shards", size=64, jobs=1))
+    assert [p.name for p in tmp_path.iterdir()] == ["faces"]
+
+
+def damaged_copy(manifest: Manifest, folder: Path, number: int) -> ShardReader:
+    """A copy of the training shards in which one byte of one image is flipped."""
+    shutil.copytree(manifest.folder, folder)
+    reader = ShardReader(open_manifest(folder), "train")
+    index = int(np.searchsorted(reader.starts, number, side="right")) - 1
+    _, entries = reader._open(index)
+    offset = int(entries[(number - reader.starts[index]) * 2]["offset"]) + 300
+    path = folder / reader.shards[index].name
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 1
+    path.write_bytes(data)
+    return ShardReader(open_manifest(folder), "train")
+
+
+def test_a_damaged_sample_is_replaced_by_its_neighbour(manifest: Manifest, tmp_path: Path):
+    reader = damaged_copy(manifest, tmp_path / "shards", 5)
+    with pytest.raises(DamagedSample):
+        reader.image(5)
+    position = next(k for k in range(24) if positions.sample_at(0, k, 24) == 5)
+    image, damaged = TrainingImages(reader, 0)[position]
+    assert damaged == 1
+    assert torch.equal(image, reader.image(6))
+
+
+def test_verify_finds_one_flipped_byte(manifest: Manifest, tmp_path: Path):
+    reader = damaged_copy(manifest, tmp_path / "shards", 5)
+    problems = [(shard.name, problem) for shard, problem in verify(reader.manifest) if problem]
+    assert len(problems) == 1
+    assert "train-00000.tar" in problems[0][1]
+
+
+def test_the_last_sample_is_replaced_by_the_first(manifest: Manifest, tmp_path: Path):
+    reader = damaged_copy(manifest, tmp_path / "shards", 23)
+    position = next(k for k in range(24) if positions.sample_at(0, k, 24) == 23)
+    assert torch.equal(TrainingImages(reader, 0)[position].image, reader.image(0))
+
+
+def test_synthetic_faces_are_a_function_of_seed_and_index():
+    assert np.array_equal(face(3, 4, 64), face(3, 4, 64))
+    assert not np.array_equal(face(3, 4, 64), face(3, 5, 64))
+    assert not np.array_equal(face(3, 4, 64), face(4, 4, 64))
+    assert face(3, 4, 96).shape == (96, 96, 3)
+
+
+def test_open_source_finds_nested_images_sorted(faces: Path):
+    source = open_source(faces)
+    assert len(source.names) == 30
+    assert list(source.names) == sorted(source.names)

@@ -1,0 +1,131 @@
+"""Global batch norm against torch's over the whole batch, gradients through global means, players' state."""
+
+import copy
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from sega_dist.distributed import AllReduceSum, GlobalBatchNorm, Player, World
+from sega_dist.losses import rals_d, rals_g
+
+N, TIMEOUT = 12, timedelta(seconds=60)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def on_ranks(work: Callable[[int, int, Path], None], ranks: int, out: Path) -> list:
+    """Run `work(rank, ranks, out)` in as many gloo processes; what each saved to OUT/RANK.pt."""
+    mp.spawn(_enter, (work, ranks, free_port(), out), nprocs=ranks)
+    return [torch.load(out / f"{rank}.pt") for rank in range(ranks)]
+
+
+def _enter(rank: int, work: Callable[[int, int, Path], None], ranks: int, port: int, out: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=TIMEOUT)
+    work(rank, ranks, out)
+    dist.destroy_process_group()
+
+
+def inputs() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, upstream = torch.randn(2, N, 3, 4, 5, dtype=torch.float64, generator=generator)
+    return x * 3 + 100, upstream  # a mean far from zero: where a sum of squares would cancel
+
+
+def batch_norm(rank: int, ranks: int, out: Path) -> None:
+    x, upstream = (t.chunk(ranks)[rank].clone() for t in inputs())
+    norm = nn.BatchNorm2d(3).double()
+    nn.init.constant_(norm.weight, 1.3)
+    module = GlobalBatchNorm(norm).train()
+    y = module(x.requires_grad_())
+    (y * upstream).sum().backward()
+    for p in module.parameters():
+        dist.all_reduce(p.grad)
+    torch.save((y.detach(), x.grad, module.weight.grad, module.bias.grad, module.running_mean, module.running_var,
+                norm.running_var), out / f"{rank}.pt")  # fmt: skip
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_global_batch_norm_is_batch_norm_over_all_ranks(ranks: int, tmp_path: Path):
+    found = on_ranks(batch_norm, ranks, tmp_path)
+    x, upstream = inputs()
+    norm = nn.BatchNorm2d(3).double()
+    nn.init.constant_(norm.weight, 1.3)
+    y = norm(x.requires_grad_())
+    (y * upstream).sum().backward()
+    torch.testing.assert_close(torch.cat([f[0] for f in found]), y, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(torch.cat([f[1] for f in found]), x.grad, rtol=1e-9, atol=1e-11)
+    for part in found:
+        expected = (norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var, norm.running_var)
+        for mine, theirs in zip(part[2:], expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
+
+
+def relativistic(rank: int, ranks: int, out: Path) -> None:
+    scores = torch.randn(2, N, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    real, fake = (s.chunk(ranks)[rank].clone().requires_grad_() for s in scores)
+    means = [AllReduceSum.apply(s.sum()) / N for s in (real, fake)]
+    loss = rals_d(real, fake, *means) + 3 * rals_g(real, fake, *means)
+    gradients = torch.autograd.grad(loss, [real, fake])
+    torch.save((loss.detach(), *gradients), out / f"{rank}.pt")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_relativistic_loss_and_gradient_are_those_of_the_global_batch(ranks: int, tmp_path: Path):
+    found = on_ranks(relativistic, ranks, tmp_path)
+    real, fake = torch.randn(2, N, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    real.requires_grad_(), fake.requires_grad_()
+    means = real.mean(), fake.mean()
+    loss = rals_d(real, fake, *means) + 3 * rals_g(real, fake, *means)
+    of_real, of_fake = torch.autograd.grad(loss, [real, fake])
+    torch.testing.assert_close(sum(f[0] for f in found) / ranks, loss, rtol=1e-12, atol=0)
+    # Data-parallel engines take the mean over ranks of what each rank's own loss gives.
+    torch.testing.assert_close(torch.cat([f[1] for f in found]) / ranks, of_real, rtol=1e-11, atol=1e-14)
+    torch.testing.assert_close(torch.cat([f[2] for f in found]) / ranks, of_fake, rtol=1e-11, atol=1e-14)
+
+
+def test_player_state_is_by_name_and_comes_back():
+    world = World(force_cpu=True)
+    player = Player(world, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 1e-2, (0.9, 0.999))
+    player.backward_and_step(player.forward(torch.randn(2, 3, 5, 5)).square().sum())
+    state = {name: tensor.clone() for name, tensor in player.full_state().items()}
+    assert {name.split(".")[0] for name in state} == {"parameter", "exp_avg", "exp_avg_sq", "step"}
+    other = Player(world, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 1e-2, (0.9, 0.999))
+    other.load_full_state(state)
+    x = torch.randn(2, 3, 5, 5)
+    for p in (player, other):
+        p.backward_and_step(p.forward(x).square().sum())
+    for name, tensor in player.full_state().items():
+        assert torch.equal(tensor, other.full_state()[name]), name
+
+
+def test_frozen_gives_gradient_through_but_none_to_the_parameters():
+    player = Player(World(force_cpu=True), nn.Conv2d(3, 1, 3), 1e-2, (0.9, 0.999))
+    x = torch.randn(1, 3, 5, 5, requires_grad=True)
+    with player.frozen() as module:
+        module(x).sum().backward()
+    assert x.grad is not None
+    assert all(p.grad is None and p.requires_grad for p in player.raw.parameters())
+
+
+def test_global_batch_norm_shares_what_it_replaces():
+    norm = nn.BatchNorm2d(3)
+    replaced = GlobalBatchNorm(norm)
+    assert replaced.weight is norm.weight
+    assert replaced.running_mean is norm.running_mean
+    assert list(replaced.state_dict()) == list(copy.deepcopy(norm).state_dict())

@@ -1,0 +1,87 @@
+"""The drawing of the house: a module imports only from floors below its own."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FLOORS: list[set[str]] = [
+    {"errors", "config", "presets"},
+    {"arguments"},
+    {"kernels.*", "data.positions", "data.splits", "data.crops", "data.sources", "data.pairs", "data.synthetic"},
+    {"data.shards"},
+    {"data.images"},
+    {"networks.initial", "networks.vgg19"},
+    {"networks.generator", "networks.encoder"},
+    {"networks.discriminator"},
+    {"networks.build"},
+    {"losses", "metrics", "pictures"},
+    {"objectives"},
+    {"distributed"},
+    {"checkpoint", "ema", "stats", "weights"},
+    {"preview"},
+    {"shard", "train", "evaluate", "upscale", "describe"},
+    {"cli"},
+    {"__main__"},
+]
+# The rooms of one floor in architecture's sense may stand on one another, which the list above puts in order; two
+# modules of one row never import each other, but for these.
+SAME_ROW = {("config", "errors"), ("presets", "errors"), ("presets", "config"), ("data.splits", "data.positions")}
+
+
+def modules() -> dict[str, Path]:
+    found = {}
+    for folder, prefix in ((ROOT / "sega_dist", ""), (ROOT / "kernels", "kernels."), (ROOT / "data", "data.")):
+        for path in folder.rglob("*.py"):
+            if not any(parent.is_symlink() for parent in path.parents if ROOT in parent.parents):
+                found[prefix + ".".join(path.relative_to(folder).with_suffix("").parts)] = path
+    return found
+
+
+def floor(module: str) -> int:
+    for number, rooms in enumerate(FLOORS):
+        if module in rooms or f"{module.split('.')[0]}.*" in rooms:
+            return number
+    raise AssertionError(f"{module} stands on no floor: add it to FLOORS")
+
+
+def imported(path: Path) -> list[str]:
+    """The project's modules that a file imports, without `sega_dist.`."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "sega_dist":
+            module = (node.module or "").removeprefix("sega_dist").lstrip(".")
+            known = modules()
+            names += [module] if module in known else [f"{module}.{a.name}".lstrip(".") for a in node.names]
+        elif isinstance(node, ast.Import):
+            names += [a.name.removeprefix("sega_dist.") for a in node.names if a.name.startswith("sega_dist.")]
+    return names
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_imports_only_from_below(module: str):
+    for other in imported(modules()[module]):
+        assert floor(other) < floor(module) or (module, other) in SAME_ROW, f"{module} climbs to {other}"
+
+
+def test_links_and_packages():
+    for name in ("kernels", "data"):
+        link = ROOT / "sega_dist" / name
+        assert link.is_symlink()
+        assert link.resolve() == ROOT / name
+        assert not (ROOT / name / "__init__.py").exists()
+    packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert {m.rpartition(".")[0] for m in modules()} == {p.removeprefix("sega_dist").lstrip(".") for p in packages}
+
+
+def test_only_distributed_knows_accelerate_and_no_room_is_called_utils():
+    for module, path in modules().items():
+        tree = ast.walk(ast.parse(path.read_text()))
+        roots = {(node.module or "").split(".")[0] for node in tree if isinstance(node, ast.ImportFrom)}
+        assert module == "distributed" or not roots & {"accelerate", "deepspeed"}
+        assert not roots & {"kernels", "data", "launchers", "torchvision"}
+        assert module.split(".")[-1] not in {"utils", "common", "helpers", "base", "manager", "factory"}
+    assert not list((ROOT / "launchers").rglob("*.py"))

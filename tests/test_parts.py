@@ -1,0 +1,175 @@
+"""Small rooms: EMA, metrics, pictures, statistics, weight files, the reference ops."""
+
+import io
+import json
+import math
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import nn
+
+from sega_dist.data.pairs import bicubic
+from sega_dist.data.synthetic import face
+from sega_dist.ema import Ema
+from sega_dist.errors import UserError
+from sega_dist.kernels.upconv_act import upconv_act
+from sega_dist.metrics import luminance, scores
+from sega_dist.networks.vgg19 import CONV3_3, Vgg19
+from sega_dist.pictures import Panel, curves, grid, to_tensor
+from sega_dist.stats import Report, Sums
+from sega_dist.weights import VARIABLE, load_vgg19
+
+
+def test_ema_halves_the_distance_in_its_half_life_and_copies_buffers():
+    module = nn.BatchNorm2d(2)
+    ema = Ema(module, half_life=100)
+    nn.init.constant_(module.weight, 3.0)
+    module.running_mean.fill_(7.0)
+    for _ in range(10):
+        ema.update(module, images=10, seen=10**9)
+    torch.testing.assert_close(ema.module.weight, torch.full((2,), 2.0))
+    assert torch.equal(ema.module.running_mean, torch.full((2,), 7.0))
+    assert not any(p.requires_grad for p in ema.module.parameters())
+
+
+def faces(count: int) -> torch.Tensor:
+    return torch.stack([to_tensor(Image.fromarray(face(2, i, 96))) for i in range(count)])
+
+
+def test_scores_equal_scikit_images():
+    hr = faces(3)
+    sr = bicubic(bicubic(hr, 24, 24), 96, 96)
+    found = scores(hr, sr)
+    for i in range(3):
+        a, b = (t[i].permute(1, 2, 0).numpy() for t in (hr, sr))
+        options = {"data_range": 255, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+        expected = structural_similarity(a.astype(float), b.astype(float), channel_axis=2, **options)
+        assert found["psnr"][i].item() == pytest.approx(peak_signal_noise_ratio(a, b, data_range=255), abs=1e-4)
+        assert found["ssim"][i].item() == pytest.approx(expected, abs=1e-4)
+        y = [luminance(t[i : i + 1].double())[0, 0].numpy() for t in (hr, sr)]
+        assert found["psnr_y"][i].item() == pytest.approx(peak_signal_noise_ratio(*y, data_range=255), abs=1e-4)
+        assert found["ssim_y"][i].item() == pytest.approx(structural_similarity(*y, **options), abs=1e-4)
+
+
+@pytest.mark.parametrize(("error", "psnr"), [(1, 48.1308), (10, 28.1308)])
+def test_psnr_of_a_constant_error(error: int, psnr: float):
+    hr = torch.full((1, 3, 32, 32), 100, dtype=torch.uint8)
+    assert scores(hr, hr + error)["psnr"].item() == pytest.approx(psnr, abs=1e-4)
+    assert math.isinf(scores(hr, hr)["psnr"].item())
+    assert scores(hr, hr)["ssim"].item() == pytest.approx(1)
+
+
+def test_luminance_is_studio_range():
+    black_white = torch.tensor([0.0, 255.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1)
+    torch.testing.assert_close(luminance(black_white).flatten(), torch.tensor([16.0, 235.0]), atol=1e-3, rtol=0)
+
+
+def test_grid_and_curves_are_pictures(tmp_path: Path):
+    hr = faces(2)
+    row = [Panel(bicubic(hr[:1], 24, 24)[0], "24x24"), Panel(hr[0], "1 dB")]
+    sheet = grid(["LR", "HR"], [row, row], side=96)
+    assert np.asarray(sheet)[40, 150].tolist() == hr[0, :, 40 - 26, 150 - 6 - 96 - 6].tolist()
+    curves([{"nimg": 8, "loss_g": 1.0}, {"nimg": 16, "loss_g": 0.5, "preview_psnr": 20.0}], tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size[0] > 500
+
+
+def test_sums_are_means_since_the_last_take():
+    sums = Sums()
+    for value in (1.0, 3.0):
+        sums.add({"a": torch.tensor(value)})
+    sums.add({"b": torch.tensor(5.0)})
+    names, means = sums.take()
+    assert (names, means.tolist()) == (["a", "b"], [2.0, 5.0])
+    assert sums.take()[0] == []
+
+
+def test_report_forgets_lines_beyond_the_checkpoint(tmp_path: Path):
+    lines = [json.dumps({"nimg": n}) for n in (8, 16, 24)]
+    (tmp_path / "stats.jsonl").write_text("\n".join(lines) + '\n{"nimg": 3')
+    report = Report(tmp_path, 16, 100)
+    report.tick({"nimg": 24, "images_per_s": 1.0})
+    report.close()
+    assert [json.loads(line)["nimg"] for line in (tmp_path / "stats.jsonl").read_text().splitlines()] == [8, 16, 24]
+
+
+def test_vgg19_weights_by_path_and_by_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    donor = Vgg19(CONV3_3)
+    for parameter in donor.parameters():
+        nn.init.normal_(parameter)
+    state = {**donor.state_dict(), "classifier.0.weight": torch.zeros(3)}
+    torch.save({name: tensor.half() for name, tensor in state.items()}, tmp_path / "vgg19.pth")
+    network = Vgg19(CONV3_3)
+    digest = load_vgg19(network, tmp_path / "vgg19.pth")
+    torch.testing.assert_close(network.features["14"].weight, donor.features["14"].weight.half().float())
+    monkeypatch.setenv(VARIABLE, str(tmp_path / "vgg19.pth"))
+    assert load_vgg19(Vgg19(CONV3_3), None) == digest
+
+
+class Trap:
+    """Pickled, this would run a command when read."""
+
+    def __reduce__(self):
+        return (print, ("the trap was sprung",))
+
+
+def test_unusable_weight_files_say_so(tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "text.pth").write_text("not weights")
+    torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "part.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"features.0.weight": Trap()}, tmp_path / "trap.pth")
+    wrong = {name: torch.zeros(1) for name in Vgg19(CONV3_3).state_dict()}
+    torch.save(wrong, tmp_path / "wrong.pth")
+    nan = Vgg19(CONV3_3).state_dict()
+    torch.save(nan, tmp_path / "nan.pth")
+    for name, said in (
+        ("none.pth", "does not exist"),
+        ("text.pth", "cannot read"),
+        ("part.pth", "has no features.0.bias"),
+        ("list.pth", "not a state dict"),
+        ("trap.pth", "cannot read"),
+        ("wrong.pth", r"is \(1,\)"),
+        ("nan.pth", "not finite"),
+    ):
+        with pytest.raises(UserError, match=said) as caught:
+            load_vgg19(Vgg19(CONV3_3), tmp_path / name)
+        assert "\n" not in str(caught.value)
+    assert "sprung" not in capsys.readouterr().out
+
+
+def _no_network(*_: object, **__: object) -> None:
+    raise OSError("no network")
+
+
+def test_absent_weights_are_never_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", _no_network)
+    with pytest.raises(UserError, match="could not be fetched"):
+        load_vgg19(Vgg19(CONV3_3), None)
+
+
+def test_real_vgg19_weights_give_the_stated_content_loss(real_data: Path):
+    """The data's README states about 28 between a face and its x8 bicubic with these weights."""
+    network = Vgg19(CONV3_3)
+    load_vgg19(network, real_data / "weights/vgg19-features-fp16.pth")
+    with zipfile.ZipFile(real_data / "celeba256-test.zip") as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))[:12]
+        hr = torch.stack([to_tensor(Image.open(io.BytesIO(archive.read(name)))) for name in names])
+    sr = bicubic(bicubic(hr, 32, 32), 256, 256)
+    phi_hr, phi_sr = (network.conv3_3(images.float() / 127.5 - 1) for images in (hr, sr))
+    assert (phi_hr - phi_sr).square().mean().item() == pytest.approx(28, rel=0.15)
+
+
+def test_upconv_act_is_convolution_shuffle_activation():
+    x, weight, bias = torch.randn(2, 4, 5, 3), torch.randn(16, 4, 3, 3), torch.randn(16)
+    y = nn.functional.conv2d(x, weight, bias, padding=1)
+    expected = torch.empty(2, 4, 10, 6)
+    for i in range(2):
+        for j in range(2):
+            expected[:, :, i::2, j::2] = y[:, 2 * i + j :: 4]
+    torch.testing.assert_close(upconv_act(x, weight, bias, 0.2), nn.functional.leaky_relu(expected, 0.2))
