@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import re
+import typing
 from typing import Any, TypeVar
 
 import tyro
@@ -29,14 +30,11 @@ def parse(command: type[T], argv: list[str], program: str, default: T | None = N
     return value
 
 
-def keys(command: object, prefix: str = "") -> list[str]:
-    """Every dotted key of a nested dataclass (a class or an instance)."""
+def keys(command: type, prefix: str = "") -> list[str]:
+    """Every dotted key of a nested dataclass."""
     names = []
-    for field in dataclasses.fields(command):  # type: ignore[arg-type]
-        if dataclasses.is_dataclass(field.type):
-            names += keys(field.type, f"{prefix}{field.name}.")
-        else:
-            names.append(prefix + field.name)
+    for name, kind in typing.get_type_hints(command).items():
+        names += keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
     return names
 
 

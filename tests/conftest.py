@@ -65,6 +65,11 @@ def program(*words: object, ranks: int = 0, timeout: float = 240, env: dict[str,
     return done
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    torch.set_num_threads(1)  # as the programs that tests start: the order of additions is then the same
+
+
 @pytest.fixture(autouse=True)
 def _one_seed() -> None:
     torch.manual_seed(0)

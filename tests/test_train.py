@@ -1,0 +1,209 @@
+"""Whole runs: two processes compute what one computes, a stop changes nothing, signals save, bad input is one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, program
+from safetensors.torch import load_file
+
+from sega_dist import train
+from sega_dist.config import to_dict
+from sega_dist.data.shards import Manifest
+from sega_dist.errors import PREEMPTED, UserError
+
+PROOF = [*SMALL, "--train.precision", "fp64", "--train.images", "36", "--train.ema-kimg", "0"]
+
+
+def start(manifest: Manifest, out: Path, *words: object) -> None:
+    """A run within this process."""
+    train.main([*SMALL, "--data", str(manifest.folder), "--out", str(out), *map(str, words)])
+
+
+def stats(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "stats.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[dict[str, float]]:
+    return [{k: v for k, v in entry.items() if k == "nimg" or k.startswith(("loss", "d_"))} for entry in stats(run)]
+
+
+def state(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a run's newest checkpoint."""
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    return {f"{file.stem}.{name}": t for file in newest.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def equal(one: Path, two: Path) -> bool:
+    first, second = state(one), state(two)
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def whole(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four steps without a stop, a checkpoint after each."""
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    start(manifest, run, "--train.images", 48, "--train.checkpoint-kimg", 0.012, "--train.keep", 9)
+    return run
+
+
+def test_a_run_leaves_what_it_promises(whole: Path):
+    assert [entry["nimg"] for entry in stats(whole)] == [12, 24, 36, 48]
+    assert {"loss_d", "loss_g", "loss_pixel", "loss_adv", "d_real", "d_fake", "images_per_s", "data_wait",
+            "d_accuracy", "d_accuracy_exchanged"} <= stats(whole)[0].keys()  # fmt: skip
+    assert len(list((whole / "checkpoints").iterdir())) == len(list((whole / "snapshots").iterdir())) == 4
+    assert (whole / "curves.png").is_file()
+    assert [p.name for p in (whole / "pictures").iterdir()] == ["preview-000000000048.png"]
+    assert list((whole / "tensorboard").iterdir())
+    assert json.loads((whole / "environment.json").read_text())["torch"] == torch.__version__
+    config = json.loads((whole / "config.json").read_text())
+    assert config["train"]["images"] == 48
+    names = {name.split(".")[0] + "." + name.split(".")[1] for name in state(whole)}
+    assert {"generator.parameter", "generator.exp_avg", "discriminator.exp_avg_sq", "generator.step"} <= names
+
+
+@pytest.mark.parametrize("nimg", [12, 24, 36])
+def test_stop_and_resume_is_no_stop_bit_for_bit(manifest: Manifest, whole: Path, tmp_path: Path, nimg: int):
+    words = ["--data", str(manifest.folder), "--out", str(tmp_path / "run"), "--train.checkpoint-kimg", "0.012"]
+    train.main([*SMALL, *words, "--train.images", str(nimg)])
+    train.main([*words, "--resume", "latest", "--train.images", "48"])  # the configuration is the checkpoint's
+    assert losses(tmp_path / "run") == losses(whole)
+    assert equal(tmp_path / "run", whole)
+
+
+def test_resume_from_a_path_and_with_workers(manifest: Manifest, whole: Path, tmp_path: Path):
+    words = ["--resume", str(whole / "checkpoints/000000000024"), "--data.workers", "1", "--train.images", "48"]
+    train.main([*words, "--data", str(manifest.folder), "--out", str(tmp_path / "run")])
+    assert equal(tmp_path / "run", whole)
+
+
+@pytest.mark.distributed
+def test_two_processes_compute_what_one_computes(manifest: Manifest, tmp_path: Path):
+    """fp64, three steps: relativistic means, batch norm, dropout and order over the global batch."""
+    for ranks in (1, 2):
+        run = tmp_path / str(ranks)
+        words = ["train", *PROOF, "--data", manifest.folder, "--out", run]
+        program(*words, ranks=ranks if ranks > 1 else 0)
+    first, second = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert len(first) == 3
+    for one, two in zip(first, second, strict=True):
+        assert one == pytest.approx(two, rel=1e-9)
+    one, two = state(tmp_path / "1"), state(tmp_path / "2")
+    assert one.keys() == two.keys()
+    for name in one:
+        if ".parameter." in name:
+            torch.testing.assert_close(one[name], two[name], rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.distributed
+def test_a_run_goes_on_with_another_number_of_processes(manifest: Manifest, tmp_path: Path):
+    """One step alone, the rest with two processes: the same images, and in fp64 the same losses."""
+    for name, ranks in (("one", 0), ("two", 2)):
+        words = ["train", "--data", manifest.folder, "--out", tmp_path / name]
+        program(*words, *PROOF, "--train.images", 12)
+        program(*words, "--resume", "latest", "--train.images", 36, ranks=ranks)
+    for one, two in zip(losses(tmp_path / "one"), losses(tmp_path / "two"), strict=True):
+        assert one == pytest.approx(two, rel=1e-9)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_exits(manifest: Manifest, whole: Path, tmp_path: Path, number: signal.Signals):
+    run = tmp_path / "run"
+    words = ["--data", str(manifest.folder), "--out", str(run), "--data.workers", "1"]
+    command = [sys.executable, "-m", "sega_dist", "train", *SMALL, *words, "--train.images", "120000"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 120
+    while not (run / "stats.jsonl").exists() or not (run / "stats.jsonl").read_text():
+        assert time.monotonic() < deadline, "no step within two minutes"
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == PREEMPTED, said
+    assert "continue with --resume latest" in said
+    assert "Traceback" not in said
+    stopped = int(sorted((run / "checkpoints").iterdir())[-1].name)
+    train.main(["--data", str(manifest.folder), "--out", str(run), "--resume", "latest",
+                "--train.images", str(max(stopped, 48))])  # fmt: skip
+    assert losses(run)[:4] == losses(whole)
+
+
+def test_patches_and_bf16_and_bce_train(manifest: Manifest, tmp_path: Path):
+    start(manifest, tmp_path / "run", "--train.images", 24, "--train.precision", "bf16", "--loss.adv", "bce",
+          "--data.patch", 32, "--encoder.kind", "none", "--train.content-warmup-kimg", 0.012)  # fmt: skip
+    first, second = stats(tmp_path / "run")
+    assert "loss_d" not in first
+    assert "loss_d" in second
+
+
+def test_without_an_adversarial_weight_there_is_no_discriminator(manifest: Manifest, tmp_path: Path):
+    start(manifest, tmp_path / "run", "--train.images", 12, "--loss.w-adv", 0)
+    assert not [name for name in state(tmp_path / "run") if name.startswith("discriminator")]
+
+
+def test_the_whole_network_trains_with_real_vgg19(manifest: Manifest, tmp_path: Path, real_data: Path):
+    words = ["--preset", "sega_x4", "--data.size", "64", "--data.workers", "0", "--generator.channels", "8",
+             "--generator.nested-blocks", "1", "--discriminator.width", "8", "--train.images", "16"]  # fmt: skip
+    weights = real_data / "weights/vgg19-features-fp16.pth"
+    data = ["--data", str(manifest.folder), "--out", str(tmp_path / "run"), "--vgg19", str(weights)]
+    train.main([*words, *data, "--train.tick-kimg", "0.008"])
+    entry = stats(tmp_path / "run")[-1]
+    assert entry["loss_content"] > 1
+    assert len(json.loads((tmp_path / "run/environment.json").read_text())["vgg19_sha256"]) == 64
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(manifest: Manifest, tmp_path: Path):
+    with pytest.raises(UserError, match="not finite") as caught:
+        start(manifest, tmp_path / "run", "--train.learning-rate", 1e30, "--train.images", 60)
+    assert caught.value.code == 71
+    for checkpoint in (tmp_path / "run/checkpoints").glob("*"):
+        assert all(torch.isfinite(t).all() for f in checkpoint.glob("*.safetensors") for t in load_file(f).values())
+
+
+def test_dry_run_prints_the_configuration(capsys: pytest.CaptureFixture, tmp_path: Path):
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps({"train": {"seed": 5}, "generator": {"channels": 16}}))
+    train.main(["--preset", "sega_x8", "--config", str(file), "--generator.channels", "8", "--dry-run"])
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["scale"], shown["train"]["seed"], shown["generator"]["channels"]) == (8, 5, 8)
+    assert shown == to_dict(train.resolve(["--preset", "sega_x8", "--train.seed", "5", "--generator.channels", "8"])[1])
+
+
+def test_bad_input_is_refused_before_anything_is_written(manifest: Manifest, whole: Path, tmp_path: Path):
+    data, out = ["--data", str(manifest.folder)], ["--out", str(tmp_path / "run")]
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/file").write_text("x")
+    cases = [
+        ([*SMALL, *out], "needs --data"),
+        ([*data, *out], "needs --preset NAME"),
+        ([*SMALL, *data, *out, "--train.batch-sice", "3"], "did you mean --train.batch-size"),
+        ([*SMALL, "--data", str(tmp_path), *out], "not a folder of shards"),
+        ([*SMALL, *data, "--out", str(tmp_path / "used")], "not an empty folder"),
+        (["--preset", "tiny_x4", *data, *out], "holds images of side 64, data.size is 256"),
+        ([*SMALL, *data, *out, "--resume", "latest"], "no checkpoint to resume from"),
+        ([*data, "--out", str(whole), "--resume", "latest", "--scale", "8"], "scale: 4 -> 8"),
+        ([*data, "--out", str(whole), "--resume", "latest", "--generator.channels", "9"], "generator.channels: 8 -> 9"),
+        ([*SMALL, *data, *out, "--loss.w-content", "1", "--vgg19", str(tmp_path / "none")], "does not exist"),
+        ([*SMALL, *data, *out, "--train.batch-size", "1"], "batch norm needs two"),
+    ]
+    for words, said in cases:
+        with pytest.raises(UserError, match=said) as caught:
+            train.main(words)
+        assert caught.value.code == 2
+        assert not (tmp_path / "run").exists(), words
+
+
+def test_resume_on_other_images_is_refused(faces: Path, whole: Path, tmp_path: Path):
+    from sega_dist.shard import ShardCommand, shard
+
+    shard(ShardCommand(faces, tmp_path / "other", split="train", size=64, jobs=1))
+    with pytest.raises(UserError, match="other images"):
+        train.main(["--resume", "latest", "--data", str(tmp_path / "other"), "--out", str(whole)])
