@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 DEMO := runs/demo
 DATA ?=
-FACES ?= 600
+FACES ?= 400
 
 # The GPU where there is one, else two processes on the CPU.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)

@@ -30,7 +30,7 @@ def parse(command: type[T], argv: list[str], program: str, default: T | None = N
     return value
 
 
-def keys(command: type, prefix: str = "") -> list[str]:
+def keys(command: Any, prefix: str = "") -> list[str]:
     """Every dotted key of a nested dataclass."""
     names = []
     for name, kind in typing.get_type_hints(command).items():

@@ -12,17 +12,18 @@ class Ema:
     def __init__(self, module: nn.Module, half_life: float):
         self.module = copy.deepcopy(module).eval().requires_grad_(False)
         self.half_life = half_life  # images
+        self.averages: list[Tensor] = list(self.module.parameters())
+        self.parameters: list[Tensor] = list(module.parameters())
+        self.buffers = list(zip(self.module.buffers(), module.buffers(), strict=True))
 
     @torch.no_grad()
-    def update(self, module: nn.Module, images: int, seen: int) -> None:
-        """Move towards `module` after a step of `images`, the run having seen `seen`.
+    def update(self, images: int, seen: int) -> None:
+        """Move towards the module after a step of `images`, the run having seen `seen`.
 
         At the start the half-life is a twentieth of what was seen, so that the random first weights fade.
         """
         half_life = min(self.half_life, seen / 20)
         decay = 0.5 ** (images / half_life) if half_life else 0.0
-        averages: list[Tensor] = list(self.module.parameters())
-        parameters: list[Tensor] = list(module.parameters())
-        torch._foreach_lerp_(averages, parameters, 1 - decay)
-        for mine, its in zip(self.module.buffers(), module.buffers(), strict=True):
+        torch._foreach_lerp_(self.averages, self.parameters, 1 - decay)
+        for mine, its in self.buffers:
             mine.copy_(its)

@@ -34,15 +34,15 @@ def tiny(scale: Scale) -> Config:
         discriminator=DiscriminatorConfig(width=8),
         loss=LossConfig(w_content=0.0, w_pixel=1.0),
         train=TrainConfig(
-            images=10_000,
+            images=8_600,
             batch_size=4,
             learning_rate=1e-3,
             betas=(0.9, 0.99),
             ema_kimg=0.3,
-            content_warmup_kimg=9.0,
+            content_warmup_kimg=8.2,
             tick_kimg=0.4,
             grid_kimg=2.0,
-            checkpoint_kimg=5.0,
+            checkpoint_kimg=4.3,
         ),
     )
 

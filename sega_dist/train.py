@@ -208,7 +208,7 @@ class Training:
             self.generator.backward_and_step(loss)
         self.nimg += self.config.train.batch_size
         if self.ema:
-            self.ema.update(self.generator.raw, self.config.train.batch_size, self.nimg)
+            self.ema.update(self.config.train.batch_size, self.nimg)
         return statistics
 
     def save(self) -> None:

@@ -31,7 +31,7 @@ def test_ema_halves_the_distance_in_its_half_life_and_copies_buffers():
     nn.init.constant_(module.weight, 3.0)
     module.running_mean.fill_(7.0)
     for _ in range(10):
-        ema.update(module, images=10, seen=10**9)
+        ema.update(images=10, seen=10**9)
     torch.testing.assert_close(ema.module.weight, torch.full((2,), 2.0))
     assert torch.equal(ema.module.running_mean, torch.full((2,), 7.0))
     assert not any(p.requires_grad for p in ema.module.parameters())
