@@ -23,12 +23,16 @@ help:
 	@echo "make test            the tests that take seconds each; make test-all adds the slow ones"
 	@echo "make lint            ruff and mypy"
 
-$(BIN)/.ready: pyproject.toml constraints.txt
+$(BIN)/.program: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(BIN)/.dev: $(BIN)/.program
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(BIN)/.ready
+demo: $(BIN)/.program
 	rm -rf $(DEMO)
 ifeq ($(DATA),)
 	$(BIN)/sega-dist synthetic $(DEMO)/faces --images $(FACES)
@@ -44,13 +48,13 @@ endif
 	@echo "pictures:  $(DEMO)/grid.png (LR, bicubic, SR, HR)   $(DEMO)/run/curves.png   $(DEMO)/upscaled/"
 	@echo "figures:   $(DEMO)/metrics.json   $(DEMO)/per_image.csv"
 
-test: $(BIN)/.ready
+test: $(BIN)/.dev
 	$(BIN)/python -m pytest -m "not slow"
 
-test-all: $(BIN)/.ready
+test-all: $(BIN)/.dev
 	$(BIN)/python -m pytest
 
-lint: $(BIN)/.ready
+lint: $(BIN)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

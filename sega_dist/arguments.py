@@ -5,13 +5,22 @@ import dataclasses
 import io
 import re
 import typing
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
 
 import tyro
+from tyro.conf import Positional
 
 from sega_dist.errors import UserError, closest
 
 T = TypeVar("T")
+
+# Positional arguments by the names that usage lines show.
+SourcePath = Annotated[Positional[Path], tyro.conf.arg(metavar="SOURCE")]
+InPath = Annotated[Positional[Path], tyro.conf.arg(metavar="IN")]
+OutPath = Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")]
+SnapshotPath = Annotated[Positional[Path], tyro.conf.arg(metavar="SNAPSHOT")]
+ShardsPath = Annotated[Positional[Path], tyro.conf.arg(metavar="SHARDS")]
 
 
 def parse(command: type[T], argv: list[str], program: str, default: T | None = None) -> T:

@@ -14,9 +14,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from tyro.conf import Positional
 
-from sega_dist.arguments import parse
+from sega_dist.arguments import SnapshotPath, parse
 from sega_dist.checkpoint import load_snapshot
 from sega_dist.data.images import DamagedSample, ShardReader
 from sega_dist.data.pairs import bicubic, to_uint8, to_unit
@@ -32,7 +31,7 @@ SHOWN = 8  # rows of the picture grid
 class EvaluateCommand:
     """Score a snapshot's super-resolved images on every image of a split."""
 
-    snapshot: Positional[Path]  # a .safetensors file, or a run's folder (its newest snapshot)
+    snapshot: SnapshotPath  # a .safetensors file, or a run's folder (its newest snapshot)
     data: Path  # folder of shards
     split: str = "test"  # side of the data set: train, val, test or preview
     out: Path | None = None  # folder for the results; default RUN/eval

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tyro.conf import Positional
 
-from sega_dist.arguments import parse
+from sega_dist.arguments import OutPath, ShardsPath, SourcePath, parse
 from sega_dist.data import splits
 from sega_dist.data.crops import Crop, UnusableImage, hr_bytes, versions
 from sega_dist.data.shards import Manifest, Shard, open_manifest, verify, write_shard
@@ -29,11 +28,9 @@ ALWAYS_TOLERATED = 10  # unusable images, however few images there are
 class ShardCommand:
     """Cut photographs to square HR images and pack them into shards."""
 
-    source: Positional[Path]  # a folder of images (with sub-folders), or a zip such as img_align_celeba.zip
-    out: Positional[Path]  # the folder to make; it must not exist, or be empty
-    split: splits.Split = (
-        "sega"  # sega: random, the paper's counts; official: CelebA's own; train, test: all on one side
-    )
+    source: SourcePath  # a folder of images (with sub-folders), or a zip such as img_align_celeba.zip
+    out: OutPath  # the folder to make; it must not exist, or be empty
+    split: splits.Split = "sega"  # sega: random, as the paper's; official: CelebA's; train, test: all of them
     crop: Crop = "sega"  # sega: resize to 1.15 x size, centre; plain: resize; square: centre square
     size: int = 256  # HR side in pixels
     seed: int = 0  # of split sega
@@ -75,7 +72,7 @@ def verify_main(argv: list[str] | None = None) -> None:
     class VerifyCommand:
         """Check every byte of a folder of shards against its manifest."""
 
-        shards: Positional[Path]  # a folder made by sega-dist shard
+        shards: ShardsPath  # a folder made by sega-dist shard
 
     folder = parse(VerifyCommand, argv or [], "sega-dist verify").shards
     manifest = open_manifest(folder)

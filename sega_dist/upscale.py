@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 from rich.progress import track
 from torch import Tensor, nn
-from tyro.conf import Positional
 
-from sega_dist.arguments import parse
+from sega_dist.arguments import InPath, OutPath, SnapshotPath, parse
 from sega_dist.checkpoint import load_snapshot
 from sega_dist.data.crops import UnusableImage, decode
 from sega_dist.data.pairs import to_uint8, to_unit
@@ -25,9 +24,9 @@ OVERLAP = 16  # LR pixels at which neighbouring tiles see each other's content b
 class UpscaleCommand:
     """Enlarge a photograph, or every photograph of a folder, by the snapshot's scale."""
 
-    snapshot: Positional[Path]  # a .safetensors file, or a run's folder (its newest snapshot)
-    source: Positional[Path]  # an image, or a folder of images (with sub-folders)
-    out: Positional[Path]  # the image to write, or the folder for images of the same names
+    snapshot: SnapshotPath  # a .safetensors file, or a run's folder (its newest snapshot)
+    source: InPath  # an image, or a folder of images (with sub-folders)
+    out: OutPath  # the image to write, or the folder for images of the same names
     batch: int = 8  # images of equal size at a time
     tile: int = 256  # larger inputs are done in tiles of this many pixels, to bound memory; 0 = always whole
     device: str = "auto"  # auto, cpu, cuda
