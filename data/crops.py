@@ -1,17 +1,22 @@
 """From a photograph's bytes to the bytes of a square HR image."""
 
 import io
+import struct
 import warnings
+import zlib
 from typing import Literal
 
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageOps, features
 from PIL import __version__ as pillow_version
 
 Crop = Literal["sega", "plain", "square"]
 ZOOM = 1.15  # crop `sega` enlarges by this before it cuts, our reading of the paper's panels
 MIN_SIDE = 16  # pixels; anything smaller is an icon, not a photograph
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # whatever a file's name says; some other decoders run programs
 MAX_PIXELS = 100_000_000  # larger images are refused from their header, before they are decoded
 JPEG = {"format": "JPEG", "quality": 95, "subsampling": 0}
+# What Pillow's decoders raise on bytes that are not what they claim (UnidentifiedImageError is an OSError).
+BROKEN = (OSError, ValueError, SyntaxError, EOFError, OverflowError, struct.error, zlib.error)
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 
 
@@ -25,11 +30,10 @@ def hr_bytes(data: bytes, crop: Crop, size: int) -> bytes:
     A photograph that has this size and is an upright RGB JPEG already is kept byte for byte. Raises UnusableImage.
     """
     with _opened(data) as image:
-        is_upright = image.getexif().get(ORIENTATION, 1) == 1
-        if image.size == (size, size) and image.format == "JPEG" and image.mode == "RGB" and is_upright:
-            _loaded(image)
-            return data
-        rgb = _loaded(image)
+        has_form = image.size == (size, size) and image.format == "JPEG" and image.mode == "RGB"
+        rgb, is_upright = _loaded(image)
+    if has_form and is_upright:
+        return data
     out = io.BytesIO()
     (rgb if rgb.size == (size, size) else CROPS[crop](rgb, size)).save(out, **JPEG)  # type: ignore[arg-type]
     return out.getvalue()
@@ -38,7 +42,7 @@ def hr_bytes(data: bytes, crop: Crop, size: int) -> bytes:
 def decode(data: bytes, min_side: int = MIN_SIDE) -> Image.Image:
     """An upright 8-bit RGB image from the bytes of a file; raises UnusableImage."""
     with _opened(data, min_side) as image:
-        return _loaded(image)
+        return _loaded(image)[0]
 
 
 def sega(image: Image.Image, size: int) -> Image.Image:
@@ -71,10 +75,10 @@ def _opened(data: bytes, min_side: int = MIN_SIDE) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our own limit on pixels stands below
-            image = Image.open(io.BytesIO(data))
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError:
         raise UnusableImage(f"its header claims far more than the limit of {MAX_PIXELS:,} pixels") from None
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+    except BROKEN as error:
         raise UnusableImage(f"not an image that can be read ({type(error).__name__})") from None
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -84,8 +88,12 @@ def _opened(data: bytes, min_side: int = MIN_SIDE) -> Image.Image:
     return image
 
 
-def _loaded(image: Image.Image) -> Image.Image:
+def _loaded(image: Image.Image) -> tuple[Image.Image, bool]:
+    """The pixels, upright and RGB, and whether they were upright before."""
     try:
-        return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, IndexError, EOFError, Image.DecompressionBombError) as error:
-        raise UnusableImage(f"damaged ({error})") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a strange EXIF tag is no news to whoever shards a million images
+            is_upright = image.getexif().get(ORIENTATION, 1) == 1
+            return ImageOps.exif_transpose(image).convert("RGB"), is_upright
+    except (*BROKEN, LookupError, TypeError) as error:
+        raise UnusableImage(f"damaged ({type(error).__name__}: {error})") from None

@@ -1,6 +1,7 @@
 """State on disk: portable checkpoints to resume from, and snapshots for users. Safetensors and JSON, never pickle."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -35,6 +36,7 @@ class Checkpoint:
     config: Config
     data_digest: str
     tensors: dict[str, dict[str, Tensor]]  # file stem -> tensors by name
+    is_fallback: bool = False  # taken because newer ones are damaged
 
 
 def save_checkpoint(run: Path, nimg: int, config: Config, data_digest: str, versions: dict[str, Any],
@@ -64,10 +66,15 @@ def find_checkpoint(run: Path, wanted: str) -> Checkpoint:
         raise UserError(f"{run} has no checkpoint to resume from; leave --resume away to start a new run")
     for folder in reversed(folders):
         try:
-            return read_checkpoint(folder)
+            return dataclasses.replace(read_checkpoint(folder), is_fallback=folder != folders[-1])
         except UserError as error:
             print(f"warning: {error}; trying the one before", flush=True)
     raise UserError(f"none of the {len(folders)} checkpoints in {run / CHECKPOINTS} is whole")
+
+
+def newest_checkpoint(run: Path) -> int:
+    """The position of a run's last checkpoint, damaged or not; -1 if there is none."""
+    return max((int(folder.name) for folder in _folders(run)), default=-1)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -1,6 +1,7 @@
 """One line and one exit code for every error a user can cause."""
 
 import difflib
+import errno
 import os
 import signal
 import sys
@@ -10,7 +11,10 @@ USAGE = 2  # a wrong option, or bad input found before work starts
 BAD_DATA = 65  # data that turn bad during a run
 INTERNAL = 70  # a mistake of ours
 NON_FINITE = 71  # a loss or a weight that is not a finite number
+DISK = 74  # no space left, or a file system that cannot be written
 PREEMPTED = 85  # asked to stop; a checkpoint was saved
+
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 class UserError(Exception):
@@ -33,18 +37,24 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     is_debug = "--debug" in argv
     try:
         main([word for word in argv if word != "--debug"])
-    except UserError as error:
-        if is_debug:
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(error.code)
     except BrokenPipeError:  # `| head` closed the pipe: nobody is left to read, and no error to report
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
+    except (UserError, OSError) as error:
+        if is_debug:
+            raise
+        _say("error", error if isinstance(error, UserError) else f"{error.strerror or error}: {error.filename or ''}")
+        sys.exit(error.code if isinstance(error, UserError) else DISK if error.errno in NO_ROOM else USAGE)
     except Exception as error:  # a mistake of ours: still one line, and the way to see the rest
         if is_debug:
             raise
-        print(f"internal error: {type(error).__name__}: {error} (--debug shows the traceback)", file=sys.stderr)
+        _say("internal error", f"{type(error).__name__}: {error} (--debug shows the traceback)")
         sys.exit(INTERNAL)
+
+
+def _say(kind: str, message: object) -> None:
+    """One line; processes other than the first say which they are."""
+    rank = os.environ.get("RANK", "0")
+    print(f"{kind}{'' if rank == '0' else f' (rank {rank})'}: {' '.join(str(message).split())}", file=sys.stderr)

@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sega_dist.arguments import SnapshotPath, parse
-from sega_dist.checkpoint import load_snapshot
+from sega_dist.checkpoint import SNAPSHOTS, load_snapshot
 from sega_dist.data.images import DamagedSample, ShardReader
 from sega_dist.data.pairs import bicubic, to_uint8, to_unit
 from sega_dist.data.shards import open_manifest
@@ -50,7 +50,8 @@ class Row:
 
 def main(argv: list[str] | None = None) -> None:
     command = parse(EvaluateCommand, argv or [], "sega-dist evaluate")
-    run_folder = command.snapshot if command.snapshot.is_dir() else command.snapshot.parent.parent
+    folder = command.snapshot if command.snapshot.is_dir() else command.snapshot.parent
+    run_folder = folder.parent if folder.name == SNAPSHOTS else folder
     command = dataclasses.replace(command, out=command.out or run_folder / "eval")
     results = evaluate(command)
     Console().print(table(results))

@@ -3,10 +3,11 @@
 import torch
 
 from sega_dist.config import Config
-from sega_dist.data.images import ShardReader
+from sega_dist.data.images import DamagedSample, ShardReader
 from sega_dist.data.pairs import bicubic, to_uint8, to_unit
 from sega_dist.data.shards import Manifest
 from sega_dist.distributed import World
+from sega_dist.errors import UserError
 from sega_dist.metrics import scores
 from sega_dist.networks.generator import Generator
 from sega_dist.pictures import Panel, grid
@@ -23,7 +24,10 @@ class Preview:
         reader = ShardReader(manifest, side)
         numbers = sorted({round(i * (len(reader) - 1) / max(PREVIEWS - 1, 1)) for i in range(PREVIEWS)})
         self.world, self.scale = world, config.scale
-        self.hr = torch.stack([reader.image(number) for number in numbers]).to(world.device)
+        try:
+            self.hr = torch.stack([reader.image(number) for number in numbers]).to(world.device)
+        except DamagedSample as error:
+            raise UserError(f"{manifest.folder} is damaged: {error}; sega-dist verify names every shard") from None
         height, width = self.hr.shape[2:]
         self.lr = bicubic(self.hr, height // config.scale, width // config.scale)
         self.bicubic = bicubic(self.lr, height, width)

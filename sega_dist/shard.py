@@ -1,12 +1,13 @@
 """Photographs to shards: `sega-dist shard SOURCE OUT`, and `sega-dist verify SHARDS`."""
 
+import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,18 +132,16 @@ def _write(command: ShardCommand, source: Source, sides: dict[str, list[str]], f
     written: dict[str, list[Written]] = {side: [] for side in plans}
     skipped: list[dict[str, str]] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
-    processes = ProcessPoolExecutor(command.jobs, mp_context=multiprocessing.get_context("spawn"))
-    with processes, Progress(*columns, TimeRemainingColumn()) as progress:
+    with _mapper(command.jobs) as write_all, Progress(*columns, TimeRemainingColumn()) as progress:
         task = progress.add_task("sharding", total=len(source.names), speed="")
         for side, side_plans in plans.items():
-            for plan, result in zip(side_plans, processes.map(write_planned, side_plans), strict=True):
+            for plan, result in zip(side_plans, write_all(side_plans), strict=True):
                 written[side].append(result)
                 skipped += [{**skip, "split": side} for skip in result.skipped]
                 progress.advance(task, len(plan.samples))
                 speed = progress.tasks[task].speed
                 progress.update(task, speed=f"{speed:.0f} images/s" if speed else "")
                 if len(skipped) > limit:
-                    processes.shutdown(cancel_futures=True)
                     first = skipped[0]
                     raise UserError(
                         f"{len(skipped)} images cannot be used, more than the {limit} allowed by --max-skip"
@@ -170,6 +169,19 @@ def _plans(command: ShardCommand, source: Source, side: str, names: list[str], f
     for number, start in enumerate(range(0, len(names), command.shard_size)):
         samples = tuple((name, keys[name]) for name in names[start : start + command.shard_size])
         yield Plan(source, folder / f"{side}-{number:05d}.tar", samples, command.crop, command.size)
+
+
+@contextlib.contextmanager
+def _mapper(jobs: int) -> Iterator[Callable[[list[Plan]], Iterable[Written]]]:
+    """How to write many shards: one after another, or in processes; either way in order."""
+    if jobs == 1:
+        yield lambda plans: map(write_planned, plans)
+        return
+    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        yield lambda plans: pool.map(write_planned, plans)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def write_planned(plan: Plan) -> Written:

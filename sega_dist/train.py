@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sega_dist import config as configuration
 from sega_dist.arguments import parse
-from sega_dist.checkpoint import Checkpoint, find_checkpoint, save_checkpoint, save_snapshot
+from sega_dist.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, save_checkpoint, save_snapshot
 from sega_dist.config import Config
 from sega_dist.data import positions
 from sega_dist.data.images import RankPositions, ShardReader, TrainingImages, training_loader
@@ -102,9 +102,17 @@ def check(out: Path, config: Config, manifest: Manifest, checkpoint: Checkpoint 
             f" shard with --size {config.data.size}, or train with --data.size {manifest.size}"
         )
     manifest.side("train")
-    if checkpoint is None:
+    if checkpoint is None or checkpoint.folder.resolve().parent.parent != out.resolve():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists and is not an empty folder; go on with --resume latest, or name another")
+    else:
+        newest = newest_checkpoint(out)
+        if newest > checkpoint.nimg and not checkpoint.is_fallback:
+            raise UserError(
+                f"{out} has gone on to image {newest:,}, {checkpoint.folder.name} is older;"
+                " --resume latest, or name another --out to branch off"
+            )
+    if checkpoint is None:
         return
     changed = configuration.differences(checkpoint.config, config)
     if changed:
@@ -135,13 +143,13 @@ class Training:
         self._build(vgg19)
         if checkpoint:
             self._restore(checkpoint)
+        self.preview = Preview(manifest, config, self.world)
         self.versions = versions(self.world) | {"vgg19_sha256": self.vgg19_sha256}
         if self.world.is_main:
             (out / "pictures").mkdir(parents=True, exist_ok=True)
             (out / "config.json").write_text(json.dumps(configuration.to_dict(config), indent=1) + "\n")
             (out / "environment.json").write_text(json.dumps(self.versions, indent=1) + "\n")
         self.report = Report(out if self.world.is_main else None, self.nimg, config.train.images)
-        self.preview = Preview(manifest, config, self.world)
 
     def __enter__(self) -> "Training":
         self.handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}

@@ -195,7 +195,7 @@ def test_an_image_of_the_right_size_is_kept_byte_for_byte():
 def test_every_mode_becomes_rgb(mode: str, crop: str):
     image = Image.new("I;16", (70, 90), 3000) if mode == "I;16" else portrait(96).convert(mode)
     out = io.BytesIO()
-    image.save(out, "TIFF" if mode == "CMYK" else "PNG")
+    image.save(out, "JPEG" if mode == "CMYK" else "PNG")
     with Image.open(io.BytesIO(crops.hr_bytes(out.getvalue(), crop, 64))) as made:
         assert (made.size, made.mode) == ((64, 64), "RGB")
 
@@ -204,6 +204,30 @@ def test_every_mode_becomes_rgb(mode: str, crop: str):
 def test_unusable_images_say_why(data: bytes):
     with pytest.raises(crops.UnusableImage):
         crops.hr_bytes(data, "sega", 64)
+
+
+@given(st.data())
+@settings(max_examples=300, deadline=None)
+def test_damaged_bytes_are_an_image_or_unusable_and_nothing_else(data: st.DataObject):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    kind = data.draw(st.sampled_from(["JPEG", "PNG", "WEBP", "BMP"]))
+    out = io.BytesIO()
+    portrait(32).save(out, kind, exif=exif)
+    content = bytearray(out.getvalue())
+    for _ in range(data.draw(st.integers(1, 6))):
+        content[data.draw(st.integers(0, min(400, len(content) - 1)))] = data.draw(st.integers(0, 255))
+    try:
+        made = crops.hr_bytes(bytes(content[: data.draw(st.integers(0, len(content)))]), "plain", 32)
+    except crops.UnusableImage:
+        return
+    assert Image.open(io.BytesIO(made)).size == (32, 32)
+
+
+def test_other_formats_are_refused_whatever_their_name():
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n"
+    with pytest.raises(crops.UnusableImage, match="not an image"):
+        crops.hr_bytes(postscript, "sega", 64)
 
 
 def test_a_bomb_is_refused_from_its_header():

@@ -201,6 +201,16 @@ def test_bad_input_is_refused_before_anything_is_written(manifest: Manifest, who
         assert not (tmp_path / "run").exists(), words
 
 
+def test_an_older_checkpoint_may_only_branch_off(manifest: Manifest, whole: Path, tmp_path: Path):
+    words = ["--data", str(manifest.folder), "--resume", str(whole / "checkpoints/000000000012")]
+    with pytest.raises(UserError, match="has gone on to image 48"):
+        train.main([*words, "--out", str(whole)])
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/file").write_text("x")
+    with pytest.raises(UserError, match="not an empty folder"):
+        train.main([*words, "--out", str(tmp_path / "used")])
+
+
 def test_resume_on_other_images_is_refused(faces: Path, whole: Path, tmp_path: Path):
     from sega_dist.shard import ShardCommand, shard
 

@@ -275,6 +275,12 @@ def test_the_program_says_one_line_and_exits_2(tmp_path: Path):
     assert program("--version").stdout.strip()
 
 
+def test_a_place_that_cannot_be_written_is_one_line(faces: Path):
+    done = program("shard", faces, "/proc/nowhere/out", code=2)
+    assert done.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
 def test_every_command_has_help():
     for command in ("shard", "verify", "train", "evaluate", "upscale", "describe", "synthetic"):
         assert "usage: sega-dist" in program(command, "--help").stdout
