@@ -1,5 +1,6 @@
 """Reading images by number from shards, and their endless, exact, seeded order."""
 
+import itertools
 import json
 import os
 import signal
@@ -99,14 +100,12 @@ class RankPositions(Sampler[list[int]]):
     """The positions of one rank, a micro-batch at a time, endless: rank r has the r-th slice of every global batch."""
 
     def __init__(self, first: int, batch_size: int, rank: int, ranks: int):
-        self.first, self.batch_size, self.rank, self.ranks = first, batch_size, rank, ranks
+        self.batch_size, self.micro_batch = batch_size, batch_size // ranks
+        self.start = first + rank * self.micro_batch  # this rank's first position
 
     def __iter__(self) -> Iterator[list[int]]:
-        micro_batch = self.batch_size // self.ranks
-        start = self.first + self.rank * micro_batch
-        while True:
-            yield list(range(start, start + micro_batch))
-            start += self.batch_size
+        for start in itertools.count(self.start, self.batch_size):
+            yield list(range(start, start + self.micro_batch))
 
 
 def training_loader(dataset: TrainingImages, order: RankPositions, workers: int) -> DataLoader[Sample]:

@@ -142,6 +142,11 @@ class Player:
         finally:
             self.raw.requires_grad_(True)
 
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether every parameter is a finite number; asks the device once."""
+        return bool(torch.stack([p.sum() * 0 for p in self.raw.parameters()]).sum() == 0)
+
     def full_state(self) -> dict[str, Tensor]:
         """Parameters, buffers and Adam moments by name, on the host, whatever the number of ranks."""
         state = {PARAMETERS + name: tensor for name, tensor in self.raw.state_dict().items()}

@@ -2,40 +2,20 @@
 
 import argparse
 import json
-import math
-import platform
-import signal
-import sys
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 import tyro
-from torch import Tensor
 
 from sega_dist import config as configuration
 from sega_dist.arguments import parse
-from sega_dist.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, save_checkpoint, save_snapshot
+from sega_dist.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint
 from sega_dist.config import Config
-from sega_dist.data import positions
-from sega_dist.data.images import RankPositions, ShardReader, TrainingImages, training_loader
-from sega_dist.data.pairs import make_pair, patches
 from sega_dist.data.shards import Manifest, open_manifest
-from sega_dist.distributed import Player, World
-from sega_dist.ema import Ema
-from sega_dist.errors import BAD_DATA, NON_FINITE, PREEMPTED, UserError, run
-from sega_dist.networks.build import build_discriminator, build_generator, build_vgg19
-from sega_dist.networks.discriminator import NOISE
-from sega_dist.networks.generator import Generator
-from sega_dist.objectives import Batch, Noise, SegaObjective, Statistics
+from sega_dist.errors import UserError, run
+from sega_dist.loop import Training
 from sega_dist.presets import PRESETS, preset
-from sega_dist.preview import Preview
-from sega_dist.stats import Report, Sums, memory_gb
-from sega_dist.weights import load_vgg19
 
 
 @dataclass(frozen=True)
@@ -122,214 +102,6 @@ def check(out: Path, config: Config, manifest: Manifest, checkpoint: Checkpoint 
             f"{checkpoint.folder} was trained on data set {checkpoint.data_digest[:12]}, {manifest.folder} is"
             f" {manifest.digest[:12]}: resuming on other images would not continue that run"
         )
-
-
-class Training:
-    """One run: players, clock and reports. It knows phases and positions, and nothing of any loss."""
-
-    def __init__(
-        self, config: Config, manifest: Manifest, out: Path, vgg19: Path | None, checkpoint: Checkpoint | None
-    ):
-        self.config, self.manifest, self.out = config, manifest, out
-        self.nimg = checkpoint.nimg if checkpoint else 0
-        self.saved_at = -1
-        self.bad_samples = 0
-        self.stop_signal = 0
-        self.world = World(config.train.precision)
-        if config.train.batch_size % self.world.size:
-            raise UserError(
-                f"train.batch_size {config.train.batch_size} does not divide by {self.world.size} processes"
-            )
-        self._build(vgg19)
-        if checkpoint:
-            self._restore(checkpoint)
-        self.preview = Preview(manifest, config, self.world)
-        self.versions = versions(self.world) | {"vgg19_sha256": self.vgg19_sha256}
-        if self.world.is_main:
-            (out / "pictures").mkdir(parents=True, exist_ok=True)
-            (out / "config.json").write_text(json.dumps(configuration.to_dict(config), indent=1) + "\n")
-            (out / "environment.json").write_text(json.dumps(self.versions, indent=1) + "\n")
-        self.report = Report(out if self.world.is_main else None, self.nimg, config.train.images)
-
-    def __enter__(self) -> "Training":
-        self.handlers = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
-        self.report.close()
-        self.world.close()
-
-    def run(self) -> None:
-        """Steps until `train.images` are seen, or a signal asks to stop; either way a checkpoint stands at the end."""
-        train = self.config.train
-        sums, waited, since, began = Sums(), 0.0, self.nimg, time.perf_counter()
-        ranks = f"{self.world.size} x {self.world.device.type}, {train.precision}"
-        self.report.say(f"{ranks}: from image {self.nimg:,} to {train.images:,} -> {self.out}")
-        batches = self._batches()
-        while self.nimg < train.images:
-            start = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - start
-            is_stopping = self.world.any(self.stop_signal != 0)
-            last = self.nimg + train.batch_size >= train.images or is_stopping
-            is_saving = last or self._crosses(train.checkpoint_kimg)
-            is_grid = last or self._crosses(train.grid_kimg)
-            is_tick = is_saving or is_grid or self._crosses(train.tick_kimg)
-            sums.add(self.step(batch, is_tick))
-            if is_tick:
-                spent = time.perf_counter() - began
-                entry = self._entry(sums, (self.nimg - since) / spent, waited / spent)
-                if is_grid:
-                    entry |= self.preview.show(self.report, self.snapshot_generator, self.nimg)
-                self.report.tick(entry)
-                if is_saving:
-                    self.save()
-                    self.report.curves()
-                waited, since, began = 0.0, self.nimg, time.perf_counter()
-            if is_stopping:
-                self.report.say(f"stopped at {self.nimg:,} images; continue with --resume latest")
-                sys.exit(PREEMPTED)
-        self.report.say(f"done: {self.out}")
-
-    def step(self, batch: Batch, is_tick: bool) -> Statistics:
-        """One update of both players: one generator forward, D phase, then G phase with D frozen."""
-        is_warmup = self.nimg < self.config.train.content_warmup_kimg * 1000 or self.discriminator is None
-        with self.world.autocast():
-            sr = self.generator.forward(batch.lr).to(self.world.dtype)  # (N,3,H,W) in [-1,1]
-            targets = self.objective.targets(batch, is_warmup)
-        statistics: Statistics = {}
-        if self.discriminator is None or is_warmup:
-            with self.world.autocast():
-                loss, statistics = self.objective.g_loss(None, batch, targets, sr)
-            self.generator.backward_and_step(loss)
-        else:
-            with self.world.autocast():
-                loss, statistics = self.objective.d_loss(self.discriminator.forward, batch, targets, sr.detach())
-            self.discriminator.backward_and_step(loss)
-            with self.discriminator.frozen() as frozen, self.world.autocast():
-                if is_tick:
-                    statistics |= self.objective.diagnose(frozen, batch, targets, sr.detach())
-                loss, of_generator = self.objective.g_loss(frozen, batch, targets, sr)
-                statistics |= of_generator
-            self.generator.backward_and_step(loss)
-        self.nimg += self.config.train.batch_size
-        if self.ema:
-            self.ema.update(self.config.train.batch_size, self.nimg)
-        return statistics
-
-    def save(self) -> None:
-        """A checkpoint and a snapshot at this position, unless they stand already."""
-        if self.nimg == self.saved_at:
-            return
-        if self.world.is_main:
-            tensors = {"generator": self.generator.full_state()}
-            if self.discriminator:
-                tensors["discriminator"] = self.discriminator.full_state()
-            if self.ema:
-                tensors["ema"] = {name: t.cpu().contiguous() for name, t in self.ema.module.state_dict().items()}
-            save_checkpoint(
-                self.out, self.nimg, self.config, self.manifest.digest, self.versions, tensors, self.config.train.keep
-            )
-            save_snapshot(self.out, self.nimg, self.config, self.snapshot_generator)
-        self.saved_at = self.nimg
-        self.world.barrier()
-
-    @property
-    def snapshot_generator(self) -> Generator:
-        """What users get: the averaged weights where there are any."""
-        module = self.ema.module if self.ema else self.generator.raw
-        assert isinstance(module, Generator)
-        return module
-
-    def _build(self, vgg19: Path | None) -> None:
-        config, train = self.config, self.config.train
-        torch.manual_seed(train.seed)
-        self.generator = Player(self.world, build_generator(config), train.learning_rate, train.betas)
-        self.discriminator = None
-        if config.has_discriminator:
-            self.discriminator = Player(self.world, build_discriminator(config), train.learning_rate, train.betas)
-        features, self.vgg19_sha256 = build_vgg19(config), None
-        if features is not None:
-            with self.world.local_main_first():
-                self.vgg19_sha256 = load_vgg19(features, vgg19)
-            self.world.place(features)
-        self.objective = SegaObjective(config, features, self.world.global_mean)
-        self.ema = Ema(self.generator.raw, train.ema_kimg * 1000) if train.ema_kimg else None
-
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        try:
-            self.generator.load_full_state(checkpoint.tensors["generator"])
-            if self.discriminator:
-                self.discriminator.load_full_state(checkpoint.tensors["discriminator"])
-            if self.ema:
-                self.ema.module.load_state_dict(checkpoint.tensors["ema"])
-        except (KeyError, RuntimeError) as error:
-            raise UserError(f"{checkpoint.folder} does not fit its configuration: {str(error)[:200]}") from None
-
-    def _batches(self) -> Iterator[Batch]:
-        """This rank's part of every global batch from the current position on."""
-        config, world = self.config, self.world
-        dataset = TrainingImages(ShardReader(self.manifest, "train"), config.train.seed)
-        order = RankPositions(self.nimg, config.train.batch_size, world.rank, world.size)
-        first = order.first + world.rank * (config.train.batch_size // world.size)
-        for images, damaged in training_loader(dataset, order, config.data.workers):
-            self.bad_samples += int(damaged.sum())
-            yield make_batch(images.to(world.device, non_blocking=True), first, config, world.dtype)
-            first += config.train.batch_size
-
-    def _entry(self, sums: Sums, images_per_s: float, data_wait: float) -> dict[str, Any]:
-        """One line of statistics, the same means on every rank; refuses to go on from what is not finite."""
-        names, means = sums.take()
-        values = dict(zip(names, self.world.mean_of(means).tolist(), strict=True))
-        broken = [name for name, value in values.items() if not math.isfinite(value)]
-        if broken:
-            raise UserError(
-                f"{broken[0]} is not finite after {self.nimg:,} images; the newest checkpoint is from before that;"
-                " a lower train.learning_rate or another train.precision may help",
-                NON_FINITE,
-            )
-        bad = self.world.total(self.bad_samples)
-        if bad > self.config.data.max_bad_samples:
-            raise UserError(
-                f"{bad} damaged samples in {self.manifest.folder}, more than data.max_bad_samples"
-                f" {self.config.data.max_bad_samples}; sega-dist verify names the shards",
-                BAD_DATA,
-            )
-        return {"nimg": self.nimg, "time": time.time(), "images_per_s": images_per_s, "data_wait": data_wait,
-                "memory_gb": memory_gb(self.world.device), "bad_samples": bad, **values}  # fmt: skip
-
-    def _crosses(self, kimg: float) -> bool:
-        """Whether the step that starts now ends at or beyond the next multiple of `kimg`."""
-        interval = kimg * 1000
-        return (self.nimg + self.config.train.batch_size) // interval > self.nimg // interval
-
-    def _on_signal(self, number: int, _: object) -> None:
-        if self.stop_signal:  # asked twice: do not wait for the step
-            raise KeyboardInterrupt
-        self.stop_signal = number
-
-
-def make_batch(images: Tensor, first: int, config: Config, dtype: torch.dtype) -> Batch:
-    """Decoded images (N,3,S,S) uint8, number `first` of the run and the following, to a batch on their device."""
-    count, seed = len(images), config.train.seed
-    if config.data.patch:
-        images = patches(images, config.data.patch, positions.uniform(seed, positions.PATCH, first, count, 2))
-    flips = positions.uniform(seed, positions.FLIP, first, count, 1)[:, 0] < config.data.hflip
-    lr, hr = make_pair(images, flips, config.scale, dtype)
-    streams = (positions.D_REAL, positions.D_FAKE, positions.G_REAL, positions.G_FAKE)
-    uniform = (positions.uniform(seed, stream, first, count, NOISE) for stream in streams)
-    return Batch(lr, hr, Noise(*(torch.from_numpy(u).to(images.device, dtype) for u in uniform)))
-
-
-def versions(world: World) -> dict[str, Any]:
-    """What ran: for the run's folder and its checkpoints."""
-    names = ("sega-dist", "torch", "accelerate", "numpy", "pillow", "webdataset")
-    device = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or platform.machine()
-    return {name: version(name) for name in names} | {
-        "python": platform.python_version(), "device": device, "processes": world.size,
-    }  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ FLOORS: list[set[str]] = [
     {"distributed"},
     {"checkpoint", "ema", "stats", "weights"},
     {"preview"},
+    {"loop"},
     {"shard", "train", "evaluate", "upscale", "describe"},
     {"cli"},
     {"__main__"},

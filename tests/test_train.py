@@ -168,6 +168,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(manifest: Manifest, tmp_path: P
         assert all(torch.isfinite(t).all() for f in checkpoint.glob("*.safetensors") for t in load_file(f).values())
 
 
+def test_weights_that_are_not_finite_are_never_saved(manifest: Manifest, tmp_path: Path):
+    """The first step's losses are finite and its update is not: the step that would save must refuse."""
+    with pytest.raises(UserError, match=r"a weight of the \w+ is not finite"):
+        start(manifest, tmp_path / "run", "--train.learning-rate", 1e39, "--train.images", 12, "--loss.w-adv", 0)
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+    assert not list((tmp_path / "run").glob("snapshots/*"))
+
+
 def test_dry_run_prints_the_configuration(capsys: pytest.CaptureFixture, tmp_path: Path):
     file = tmp_path / "c.json"
     file.write_text(json.dumps({"train": {"seed": 5}, "generator": {"channels": 16}}))
