@@ -6,6 +6,7 @@ import warnings
 import zlib
 from typing import Literal
 
+import numpy as np
 from PIL import Image, ImageOps, features
 from PIL import __version__ as pillow_version
 
@@ -94,6 +95,9 @@ def _loaded(image: Image.Image) -> tuple[Image.Image, bool]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a strange EXIF tag is no news to whoever shards a million images
             is_upright = image.getexif().get(ORIENTATION, 1) == 1
-            return ImageOps.exif_transpose(image).convert("RGB"), is_upright
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):  # Pillow's own conversion would clip all but the darkest to white
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            return upright.convert("RGB"), is_upright
     except (*BROKEN, LookupError, TypeError) as error:
         raise UnusableImage(f"damaged ({type(error).__name__}: {error})") from None

@@ -1,5 +1,6 @@
 """Reading images by number from shards, and their endless, exact, seeded order."""
 
+import errno
 import itertools
 import json
 import os
@@ -18,26 +19,28 @@ from sega_dist.data import positions
 from sega_dist.data.crops import UnusableImage, decode
 from sega_dist.data.shards import INDEX, MEMBERS, Manifest
 
+OPEN_SHARDS = 128  # at most, of two descriptors each: a process may often have 1,024
+
 
 class DamagedSample(Exception):
     """A sample whose bytes are not those that were written."""
 
 
 class Sample(NamedTuple):
-    """One HR image at a position of a run."""
+    """One HR image at a position of a run; the loader makes micro-batches of them with a leading dimension N."""
 
     image: Tensor  # (3,S,S) uint8
-    damaged: int  # samples that had to be passed over to find it
+    damaged: Tensor  # () how many samples had to be passed over to find it
 
 
 class ShardReader:
-    """The samples of one side of a data set by number; opens files on first use, so that it pickles to workers."""
+    """The samples of one side of a data set by number; opens files when needed, so that it pickles to workers."""
 
     def __init__(self, manifest: Manifest, side: str):
         self.manifest = manifest
         self.shards = manifest.side(side)
         self.starts = np.cumsum([0] + [shard.samples for shard in self.shards])
-        self.files: dict[int, tuple[int, NDArray[Any]]] = {}  # descriptor and memory-mapped index by shard number
+        self.files: dict[int, tuple[int, NDArray[Any]]] = {}  # shard number -> descriptor and memory-mapped index
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -63,18 +66,25 @@ class ShardReader:
         shard = int(np.searchsorted(self.starts, number, side="right")) - 1
         descriptor, index = self._open(shard)
         offset, length, crc32 = index[(number - int(self.starts[shard])) * MEMBERS + which].item()
-        data = os.pread(descriptor, length, offset)
+        try:
+            data = os.pread(descriptor, length, offset)
+        except OSError as error:  # a bad sector, a stale handle
+            raise DamagedSample(f"sample {number} in {self.shards[shard].name}: {error.strerror}") from None
         if len(data) != length or zlib.crc32(data) != crc32:
             raise DamagedSample(f"sample {number} in {self.shards[shard].name}")
         return data
 
     def _open(self, shard: int) -> tuple[int, NDArray[Any]]:
         if shard not in self.files:
+            if len(self.files) == OPEN_SHARDS:
+                os.close(self.files.pop(next(iter(self.files)))[0])
             folder, entry = self.manifest.folder, self.shards[shard]
             try:
-                descriptor = os.open(folder / entry.name, os.O_RDONLY)
-                self.files[shard] = descriptor, np.memmap(folder / entry.index_name, INDEX, mode="r")
+                index = np.memmap(folder / entry.index_name, INDEX, mode="r")
+                self.files[shard] = os.open(folder / entry.name, os.O_RDONLY), index
             except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+                    raise  # no fault of the sample
                 raise DamagedSample(f"{entry.name}: {error}") from None
         return self.files[shard]
 
@@ -90,22 +100,24 @@ class TrainingImages(Dataset[Sample]):
         first = positions.sample_at(self.seed, position, n)
         for damaged in range(n):
             try:
-                return Sample(self.reader.image((first + damaged) % n), damaged)
+                return Sample(self.reader.image((first + damaged) % n), torch.tensor(damaged))
             except DamagedSample:
                 continue
-        return Sample(torch.zeros(3, self.reader.manifest.size, self.reader.manifest.size, dtype=torch.uint8), n)
+        return Sample(
+            torch.zeros(3, self.reader.manifest.size, self.reader.manifest.size, dtype=torch.uint8), torch.tensor(n)
+        )
 
 
 class RankPositions(Sampler[list[int]]):
     """The positions of one rank, a micro-batch at a time, endless: rank r has the r-th slice of every global batch."""
 
     def __init__(self, first: int, batch_size: int, rank: int, ranks: int):
-        self.batch_size, self.micro_batch = batch_size, batch_size // ranks
-        self.start = first + rank * self.micro_batch  # this rank's first position
+        self.first, self.batch_size, self.rank, self.ranks = first, batch_size, rank, ranks
 
     def __iter__(self) -> Iterator[list[int]]:
-        for start in itertools.count(self.start, self.batch_size):
-            yield list(range(start, start + self.micro_batch))
+        micro_batch = self.batch_size // self.ranks
+        for start in itertools.count(self.first + self.rank * micro_batch, self.batch_size):
+            yield list(range(start, start + micro_batch))
 
 
 def training_loader(dataset: TrainingImages, order: RankPositions, workers: int) -> DataLoader[Sample]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import webdataset
 
+from sega_dist.config import digest
 from sega_dist.errors import UserError, closest
 
 FORMAT = 1
@@ -52,7 +53,7 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        return hashlib.sha256(json.dumps(self._values(), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+        return digest(self._values())
 
     def images(self, side: str) -> int:
         """How many images stand on one side of the split."""

@@ -4,7 +4,7 @@ import re
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,20 +17,10 @@ PARTITION = "list_eval_partition.txt"
 
 @dataclass(frozen=True)
 class Source:
-    """Names of images, sorted, and how to read one. Pickles by path, so that every process opens it anew."""
+    """A folder or a zip, and the sorted names of its images."""
 
     path: Path
     names: tuple[str, ...]
-
-    def read_all(self, names: list[str]) -> Iterator[tuple[str, bytes | None]]:
-        """Each name with its bytes, or None where it cannot be read; an archive is opened once."""
-        if self.path.is_dir():
-            for name in names:
-                yield name, _file_bytes(self.path / name)
-            return
-        with zipfile.ZipFile(self.path) as archive:
-            for name in names:
-                yield name, _member_bytes(archive, name)
 
 
 def open_source(path: Path) -> Source:
@@ -44,6 +34,17 @@ def open_source(path: Path) -> Source:
     if not names:
         raise UserError(f"source {path} holds no images ({', '.join(sorted(SUFFIXES))})")
     return Source(path.resolve(), tuple(sorted(names)))
+
+
+def read_images(path: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
+    """Each name with its bytes from the folder or zip `path`, or None where it cannot be read."""
+    if path.is_dir():
+        for name in names:
+            yield name, _file_bytes(path / name)
+        return
+    with zipfile.ZipFile(path) as archive:
+        for name in names:
+            yield name, _member_bytes(archive, name)
 
 
 def sample_keys(names: tuple[str, ...]) -> dict[str, str]:

@@ -12,8 +12,7 @@ import numpy as np
 from PIL import Image, ImageChops, ImageDraw
 from rich.progress import track
 
-from sega_dist.arguments import OutPath, parse
-from sega_dist.errors import UserError, run
+from sega_dist.errors import UserError
 
 # Face coordinates: the origin lies between the eyes, x points right, y down, and 1 is the side of the picture.
 Points = np.ndarray | Sequence[tuple[float, float]]
@@ -464,25 +463,3 @@ def write_folder(out: Path, images: int, seed: int = 0, size: int = 256, quality
     folder.mkdir(parents=True)
     for index in track(range(images), description="drawing faces"):
         Image.fromarray(face(seed, index, size)).save(folder / f"{index + 1:06d}.jpg", quality=quality, subsampling=0)
-
-
-@dataclass(frozen=True)
-class SyntheticCommand:
-    """Draw procedural portraits into OUT/img_align_celeba."""
-
-    out: OutPath  # a new or empty folder
-    images: int = 400  # how many
-    seed: int = 0  # which ones
-    size: int = 256  # side in pixels
-
-
-def main(argv: list[str] | None = None) -> None:
-    command = parse(SyntheticCommand, argv or [], "sega-dist synthetic")
-    if command.images < 1 or command.size < 16 or command.seed < 0:
-        raise UserError("--images must be 1 or more, --size 16 or more, and --seed 0 or more")
-    write_folder(command.out, command.images, command.seed, command.size)
-    print(f"{command.images:,} faces -> {command.out}")
-
-
-if __name__ == "__main__":
-    run(main)

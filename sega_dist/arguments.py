@@ -6,7 +6,7 @@ import io
 import re
 import typing
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from tyro.conf import Positional
@@ -14,6 +14,7 @@ from tyro.conf import Positional
 from sega_dist.errors import UserError, closest
 
 T = TypeVar("T")
+Device = Literal["auto", "cpu", "cuda"]  # auto: the GPU where there is one
 
 # Positional arguments by the names that usage lines show.
 SourcePath = Annotated[Positional[Path], tyro.conf.arg(metavar="SOURCE")]

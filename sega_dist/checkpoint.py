@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from sega_dist.config import Config, from_dict, to_dict
+from sega_dist.arguments import Device
+from sega_dist.config import Config, digest, from_dict, to_dict, validate
 from sega_dist.data.shards import file_sha256
 from sega_dist.errors import UserError
 from sega_dist.networks.build import build_generator
@@ -35,13 +36,14 @@ class Checkpoint:
     nimg: int
     config: Config
     data_digest: str
+    vgg19_digest: str | None  # SHA-256 of the weight file, where VGG19 was used
     tensors: dict[str, dict[str, Tensor]]  # file stem -> tensors by name
     is_fallback: bool = False  # taken because newer ones are damaged
 
 
-def save_checkpoint(run: Path, nimg: int, config: Config, data_digest: str, versions: dict[str, Any],
-                    tensors: dict[str, dict[str, Tensor]], keep: int) -> Path:  # fmt: skip
-    """Write RUN/checkpoints/NIMG and then drop all but the newest `keep`; a crash leaves the older ones whole."""
+def save_checkpoint(run: Path, nimg: int, config: Config, data_digest: str, vgg19_digest: str | None,
+                    versions: dict[str, Any], tensors: dict[str, dict[str, Tensor]], keep: int) -> Path:  # fmt: skip
+    """Write RUN/checkpoints/NIMG, then drop all but the newest `keep`; a crash leaves the older ones whole."""
     folder = run / CHECKPOINTS / f"{nimg:012d}"
     with _placed(folder) as partial:
         files = {}
@@ -50,9 +52,12 @@ def save_checkpoint(run: Path, nimg: int, config: Config, data_digest: str, vers
             _write_durably(partial / f"{stem}.safetensors", data)
             files[f"{stem}.safetensors"] = hashlib.sha256(data).hexdigest()
         state = {"format": FORMAT, "nimg": nimg, "config": to_dict(config), "data": data_digest,
-                 "versions": versions, "files": files}  # fmt: skip
+                 "vgg19": vgg19_digest, "versions": versions, "files": files}  # fmt: skip
+        state["sha256"] = digest(state)
         _write_durably(partial / STATE, json.dumps(state, indent=1).encode())
-    for old in _folders(run)[:-keep]:
+    folders = _folders(run)
+    abandoned = [other for other in folders if other > folder]  # damaged, or the run would have gone on from there
+    for old in abandoned + [other for other in folders if other <= folder][:-keep]:
         shutil.rmtree(old)
     return folder
 
@@ -83,14 +88,16 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         state = json.loads((folder / STATE).read_text())
         if state["format"] != FORMAT:
             raise UserError(f"checkpoint {folder} has format {state['format']}, this version reads {FORMAT}")
+        if state.pop("sha256") != digest(state):
+            raise UserError(f"checkpoint {folder} is damaged: {STATE} differs from its digest")
         tensors = {}
-        for name, digest in state["files"].items():
+        for name, expected in state["files"].items():
             file = folder / Path(name).name
-            if file_sha256(file) != digest:
+            if file_sha256(file) != expected:
                 raise UserError(f"checkpoint {folder} is damaged: {name} differs from its digest")
             tensors[file.stem] = load_file(file)
-        config = from_dict(state["config"], str(folder / STATE))
-        return Checkpoint(folder, int(state["nimg"]), config, state["data"], tensors)
+        config = validate(from_dict(state["config"], str(folder / STATE)))
+        return Checkpoint(folder, state["nimg"], config, state["data"], state["vgg19"], tensors)
     except OSError as error:
         raise UserError(f"cannot read checkpoint {folder}: {error.strerror}: {error.filename}") from None
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
@@ -105,8 +112,11 @@ def save_snapshot(run: Path, nimg: int, config: Config, generator: Generator) ->
                for name, tensor in generator.state_dict().items()}  # fmt: skip
     header = json.dumps({"format": FORMAT, "nimg": nimg, "config": to_dict(config)})
     partial = path.with_name(f".{path.name}.partial")
-    _write_durably(partial, save(tensors, metadata={METADATA: header}))
-    partial.rename(path)
+    try:
+        _write_durably(partial, save(tensors, metadata={METADATA: header}))
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 
@@ -120,7 +130,7 @@ class Snapshot:
     device: torch.device
 
 
-def load_snapshot(path: Path, device_name: str = "cpu") -> Snapshot:
+def load_snapshot(path: Path, device_name: Device = "cpu") -> Snapshot:
     """Read a snapshot, or the newest one of a run's folder, to `auto` (the GPU where there is one), `cpu` or `cuda`."""
     device = _device(device_name)
     file = newest_snapshot(path) if path.is_dir() else path
@@ -132,7 +142,7 @@ def load_snapshot(path: Path, device_name: str = "cpu") -> Snapshot:
         if header is None:
             raise UserError(f"{file} was not written by sega-dist: its header holds no configuration")
         values = json.loads(header)
-        config, state = from_dict(values["config"], str(file)), load_file(file)
+        config, state = validate(from_dict(values["config"], str(file))), load_file(file)
         generator = build_generator(config)
         generator.load_state_dict(state)
         generator.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -152,14 +162,11 @@ def newest_snapshot(run: Path) -> Path:
     return found[-1]
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def _device(name: Device) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
-    if name not in ("cpu", "cuda"):
-        raise UserError(f"--device is {name!r}; it must be auto, cpu or cuda")
-    return torch.device(name)
+    torch.backends.cudnn.allow_tf32 = False  # on by default; scores would differ from those made on a CPU
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
 
 
 def _folders(run: Path) -> list[Path]:

@@ -18,7 +18,7 @@ COMMANDS = {
     "evaluate": ("sega_dist.evaluate", "main", "PSNR and SSIM of a snapshot, with bicubic beside it"),
     "upscale": ("sega_dist.upscale", "main", "super-resolve photographs"),
     "describe": ("sega_dist.describe", "main", "parameters, shapes and GFLOP of a preset"),
-    "synthetic": ("sega_dist.data.synthetic", "main", "draw procedural faces to try all this with"),
+    "synthetic": ("sega_dist.synthetic", "main", "draw procedural faces to try all this with"),
 }
 
 

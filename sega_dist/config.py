@@ -115,6 +115,7 @@ def validate(config: Config) -> Config:
     """The same configuration, or a UserError that names the key, its value and what is legal."""
     size, patch, scale, train = config.data.size, config.data.patch, config.scale, config.train
     is_trained = config.encoder.kind == "trainable"
+    has_semantics = config.has_discriminator and config.encoder.kind != "none"
     rules = [
         (size >= 32 and size % 32 == 0, "data.size", size, "a multiple of 32, at least 32"),
         (
@@ -124,6 +125,12 @@ def validate(config: Config) -> Config:
             "0, or a multiple of 32 up to data.size",
         ),
         (config.lr_size >= 8, "scale", scale, f"such that LR has 8 pixels a side at least (HR has {config.hr_size})"),
+        (
+            not has_semantics or config.hr_size <= 256,
+            "data.size or data.patch",
+            config.hr_size,
+            "at most 256 where an encoder embeds it in 8x8",
+        ),
         (
             not is_trained or config.hr_size.bit_count() == 1,
             "data.patch or data.size",
@@ -165,8 +172,9 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any], where: str = "configuration") -> Config:
-    """The inverse of `to_dict`; missing keys keep their defaults, unknown ones raise with the nearest known key."""
-    return validate(_build(Config, values, "", where))
+    """The inverse of `to_dict`, not yet validated; missing keys keep their defaults, unknown ones raise UserError."""
+    config: Config = _build(Config, values, "", where)
+    return config
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -225,7 +233,7 @@ def _build(kind: type, values: dict[str, Any], prefix: str, where: str) -> Any:
 
 def _value(kind: Any, value: Any, key: str, where: str) -> Any:
     if typing.get_origin(kind) is Literal:
-        if value not in typing.get_args(kind):
+        if not any(value == legal and type(value) is type(legal) for legal in typing.get_args(kind)):
             legal = ", ".join(map(str, typing.get_args(kind)))
             raise UserError(f"{key} in {where} is {value!r}; it must be one of {legal}")
         return value

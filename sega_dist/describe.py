@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     config = preset(command.preset)
     if command.config:
         values = configuration.merge(configuration.to_dict(config), configuration.load(command.config))
-        config = configuration.from_dict(values, str(command.config))
+        config = configuration.validate(configuration.from_dict(values, str(command.config)))
     networks = describe(config)
     if command.json:
         print(json.dumps(networks, indent=1))

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sega_dist.arguments import Device
 from sega_dist.errors import UserError
 
 WAIT = timedelta(minutes=10)  # for any collective; then the process group names what it waited for
@@ -23,8 +24,12 @@ PARAMETERS, FIRST, SECOND, STEP = "parameter.", "exp_avg.", "exp_avg_sq.", "step
 class World:
     """This process among the ranks, its device and its precision. One a process."""
 
-    def __init__(self, precision: str = "fp32", force_cpu: bool = False):
-        use_cpu = force_cpu or not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU") == "true"
+    def __init__(self, precision: str = "fp32", device: Device = "auto"):
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
+        # accelerate tells its launcher's use_cpu only to a single process: several need to be told by --device cpu.
+        wants_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") if device == "auto" else device == "cpu"
+        use_cpu = wants_cpu or not torch.cuda.is_available()
         handlers = [
             # A second forward of the discriminator before its backward must not broadcast over what backward needs.
             DistributedDataParallelKwargs(

@@ -35,6 +35,7 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     """Call `main` as a program: errors in one line, tracebacks only with `--debug`."""
     argv = list(sys.argv[1:] if argv is None else argv)
     is_debug = "--debug" in argv
+    signal.signal(signal.SIGTERM, _interrupt)  # so that what is half-written is cleaned up
     try:
         main([word for word in argv if word != "--debug"])
     except BrokenPipeError:  # `| head` closed the pipe: nobody is left to read, and no error to report
@@ -52,6 +53,10 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
             raise
         _say("internal error", f"{type(error).__name__}: {error} (--debug shows the traceback)")
         sys.exit(INTERNAL)
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _say(kind: str, message: object) -> None:

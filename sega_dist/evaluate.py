@@ -15,7 +15,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from sega_dist.arguments import SnapshotPath, parse
+from sega_dist.arguments import Device, SnapshotPath, parse
 from sega_dist.checkpoint import SNAPSHOTS, load_snapshot
 from sega_dist.data.images import DamagedSample, ShardReader
 from sega_dist.data.pairs import bicubic, to_uint8, to_unit
@@ -37,7 +37,7 @@ class EvaluateCommand:
     out: Path | None = None  # folder for the results; default RUN/eval
     batch: int = 8  # images at a time
     save: int = 0  # write LR and SR of the first so many images as PNG to OUT/lr and OUT/sr
-    device: str = "auto"  # auto, cpu, cuda
+    device: Device = "auto"  # auto: the GPU where there is one
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,8 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
         raise UserError("--batch must be 1 or more")
     snapshot = load_snapshot(command.snapshot, command.device)
     manifest, scale = open_manifest(command.data), snapshot.config.scale
-    if manifest.size % scale:
-        raise UserError(f"images of side {manifest.size} cannot be reduced by the snapshot's scale {scale}")
     reader = ShardReader(manifest, command.split)
+    command.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     pictures: list[list[Panel]] = []
     starts = range(0, len(reader), command.batch)
@@ -85,7 +84,7 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
                 pictures.append(list(_panels(hr[i], lr[i], {m: sr[i] for m, sr in methods.items()}, row)))
     protocol = PROTOCOL | {
         "scale": scale, "split": command.split, "data": manifest.digest, "data_split": manifest.split,
-        "crop_of_source": manifest.crop, "nimg": snapshot.nimg,
+        "crop_of_source": manifest.crop, "nimg": snapshot.nimg, "device": snapshot.device.type,
         "lr": "bicubic, antialiased, a = -0.5, rounded to 8 bits",
     }  # fmt: skip
     results = {"protocol": protocol, "images": len(rows), "methods": means(rows)}
@@ -135,7 +134,8 @@ def table(results: dict[str, Any]) -> Table:
 def _save(out: Path, name: str, images: dict[str, Tensor]) -> None:
     for kind, pixels in images.items():
         (out / kind).mkdir(parents=True, exist_ok=True)
-        to_image(pixels).save(out / kind / f"{Path(name).stem}.png")
+        flat = str(Path(name).with_suffix(".png")).replace("/", "-")  # names of two folders may have one stem
+        to_image(pixels).save(out / kind / flat)
 
 
 def _panels(hr: Tensor, lr: Tensor, methods: dict[str, Tensor], row: dict[str, dict[str, float]]) -> Iterator[Panel]:
@@ -146,7 +146,6 @@ def _panels(hr: Tensor, lr: Tensor, methods: dict[str, Tensor], row: dict[str, d
 
 
 def _write(out: Path, results: dict[str, Any], rows: list[Row], pictures: list[list[Panel]]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     (out / "metrics.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
     methods = list(results["methods"])
     with (out / "per_image.csv").open("w", newline="") as file:

@@ -18,7 +18,7 @@ from sega_dist import config as configuration
 from sega_dist.checkpoint import Checkpoint, save_checkpoint, save_snapshot
 from sega_dist.config import Config
 from sega_dist.data import positions
-from sega_dist.data.images import RankPositions, ShardReader, TrainingImages, training_loader
+from sega_dist.data.images import RankPositions, Sample, ShardReader, TrainingImages, training_loader
 from sega_dist.data.pairs import make_pair, patches
 from sega_dist.data.shards import Manifest
 from sega_dist.distributed import Player, World
@@ -36,14 +36,12 @@ from sega_dist.weights import load_vgg19
 class Training:
     """One run: players, clock and reports. The objective is asked for losses, the world for agreement."""
 
-    def __init__(
-        self, config: Config, manifest: Manifest, out: Path, vgg19: Path | None, checkpoint: Checkpoint | None
-    ):
-        self.config, self.manifest, self.out = config, manifest, out
+    def __init__(self, world: World, config: Config, manifest: Manifest, out: Path, vgg19: Path | None,
+                 checkpoint: Checkpoint | None):  # fmt: skip
+        self.world, self.config, self.manifest, self.out = world, config, manifest, out
         self.nimg = checkpoint.nimg if checkpoint else 0
         self.bad_samples = 0
         self.stop_signal = 0
-        self.world = World(config.train.precision)
         if config.train.batch_size % self.world.size:
             raise UserError(
                 f"train.batch_size {config.train.batch_size} does not divide by {self.world.size} processes"
@@ -52,7 +50,7 @@ class Training:
         if checkpoint:
             self._restore(checkpoint)
         self.preview = Preview(manifest, config, self.world)
-        self.versions = versions(self.world) | {"vgg19_sha256": self.vgg19_sha256}
+        self.versions = versions(self.world) | {"vgg19_sha256": self.vgg19_digest}
         if self.world.is_main:
             (out / "pictures").mkdir(parents=True, exist_ok=True)
             (out / "config.json").write_text(json.dumps(configuration.to_dict(config), indent=1) + "\n")
@@ -66,8 +64,10 @@ class Training:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        self.report.close()
-        self.world.close()
+        try:
+            self.report.close()
+        finally:
+            self.world.close()
 
     def run(self) -> None:
         """Steps until `train.images` are seen, or a signal asks to stop; either way a checkpoint stands at the end."""
@@ -75,11 +75,13 @@ class Training:
         sums, waited, since, began = Sums(), 0.0, self.nimg, time.perf_counter()
         ranks = f"{self.world.size} x {self.world.device.type}, {train.precision}"
         self.report.say(f"{ranks}: from image {self.nimg:,} to {train.images:,} -> {self.out}")
-        batches = self._batches()
+        loader = self._loader()
         while self.nimg < train.images:
             start = time.perf_counter()
-            batch = next(batches)
+            sample = next(loader)
             waited += time.perf_counter() - start
+            self.bad_samples += int(sample.damaged.sum())
+            batch = self._batch(sample.image)
             is_stopping = self.world.any(self.stop_signal != 0)
             last = self.nimg + train.batch_size >= train.images or is_stopping
             is_saving = last or self._crosses(train.checkpoint_kimg)
@@ -139,8 +141,9 @@ class Training:
             if self.ema:
                 tensors["ema"] = {name: t.cpu().contiguous() for name, t in self.ema.module.state_dict().items()}
             save_checkpoint(
-                self.out, self.nimg, self.config, self.manifest.digest, self.versions, tensors, self.config.train.keep
-            )
+                self.out, self.nimg, self.config, self.manifest.digest, self.vgg19_digest, self.versions, tensors,
+                self.config.train.keep,
+            )  # fmt: skip
             save_snapshot(self.out, self.nimg, self.config, self.snapshot_generator)
         self.world.barrier()
 
@@ -158,15 +161,20 @@ class Training:
         self.discriminator = None
         if config.has_discriminator:
             self.discriminator = Player(self.world, build_discriminator(config), train.learning_rate, train.betas)
-        features, self.vgg19_sha256 = build_vgg19(config), None
+        features, self.vgg19_digest = build_vgg19(config), None
         if features is not None:
             with self.world.local_main_first():
-                self.vgg19_sha256 = load_vgg19(features, vgg19)
+                self.vgg19_digest = load_vgg19(features, vgg19)
             self.world.place(features)
         self.objective = SegaObjective(config, features, self.world.global_mean)
         self.ema = Ema(self.generator.raw, train.ema_kimg * 1000) if train.ema_kimg else None
 
     def _restore(self, checkpoint: Checkpoint) -> None:
+        if checkpoint.vgg19_digest != self.vgg19_digest:
+            raise UserError(
+                f"{checkpoint.folder} was trained with other VGG19 weights ({str(checkpoint.vgg19_digest)[:12]}, now"
+                f" {str(self.vgg19_digest)[:12]}): give the same file by --vgg19"
+            )
         try:
             self.generator.load_full_state(checkpoint.tensors["generator"])
             if self.discriminator:
@@ -176,16 +184,17 @@ class Training:
         except (KeyError, RuntimeError) as error:
             raise UserError(f"{checkpoint.folder} does not fit its configuration: {str(error)[:200]}") from None
 
-    def _batches(self) -> Iterator[Batch]:
-        """This rank's part of every global batch from the current position on."""
-        config, world = self.config, self.world
-        dataset = TrainingImages(ShardReader(self.manifest, "train"), config.train.seed)
-        order = RankPositions(self.nimg, config.train.batch_size, world.rank, world.size)
-        first = order.start
-        for images, damaged in training_loader(dataset, order, config.data.workers):
-            self.bad_samples += int(damaged.sum())
-            yield make_batch(images.to(world.device, non_blocking=True), first, config, world.dtype)
-            first += config.train.batch_size
+    def _loader(self) -> Iterator[Sample]:
+        """This rank's micro-batches from the current position on, without end."""
+        train = self.config.train
+        dataset = TrainingImages(ShardReader(self.manifest, "train"), train.seed)
+        order = RankPositions(self.nimg, train.batch_size, self.world.rank, self.world.size)
+        return iter(training_loader(dataset, order, self.config.data.workers))
+
+    def _batch(self, images: Tensor) -> Batch:
+        """Decoded images (N,3,S,S) uint8 to this rank's part of the global batch at the current position."""
+        first = self.nimg + self.world.rank * len(images)
+        return make_batch(images.to(self.world.device, non_blocking=True), first, self.config, self.world.dtype)
 
     def _entry(self, sums: Sums, images_per_s: float, data_wait: float) -> dict[str, Any]:
         """One line of statistics, the same means on every rank; refuses to go on from what is not finite."""
@@ -206,8 +215,8 @@ class Training:
         """End the run because `what` is not a finite number; every rank comes to the same answer."""
         if what:
             raise UserError(
-                f"{what} is not finite after {self.nimg:,} images; the newest checkpoint is from before that;"
-                " a lower train.learning_rate or another train.precision may help",
+                f"{what} is not finite after {self.nimg:,} images; start a new run with a lower train.learning_rate or"
+                " another train.precision (checkpoints were made only before this)",
                 NON_FINITE,
             )
 

@@ -28,11 +28,12 @@ def scores(hr: Tensor, sr: Tensor) -> dict[str, Tensor]:
     """
     hr, sr = hr.float(), sr.float()
     hr_y, sr_y = luminance(hr), luminance(sr)
-    return {"psnr": _psnr(hr, sr), "ssim": _ssim(hr, sr), "psnr_y": _psnr(hr_y, sr_y), "ssim_y": _ssim(hr_y, sr_y)}
+    return {"psnr": psnr(hr, sr), "ssim": _ssim(hr, sr), "psnr_y": psnr(hr_y, sr_y), "ssim_y": _ssim(hr_y, sr_y)}
 
 
-def _psnr(hr: Tensor, sr: Tensor) -> Tensor:
-    values = peak_signal_noise_ratio(sr, hr, data_range=255.0, reduction="none", dim=(1, 2, 3))
+def psnr(hr: Tensor, sr: Tensor) -> Tensor:
+    """Each image's PSNR in dB (N,); both (N,C,H,W) in [0,255]."""
+    values = peak_signal_noise_ratio(sr.float(), hr.float(), data_range=255.0, reduction="none", dim=(1, 2, 3))
     return values.reshape(len(hr))
 
 

@@ -104,10 +104,10 @@ class SegaObjective:
         for beside_real, beside_fake, name in shown:
             real = _full(discriminator(beside_real, targets.real, batch.noise.d_real))
             fake = _full(discriminator(beside_fake, fake_semantics, batch.noise.d_fake))
-            mean_real, mean_fake = self.global_mean(real), self.global_mean(fake)
-            hits = torch.cat([real > mean_fake, fake < mean_real]) if self.config.loss.adv == "rals" else None
-            hits = torch.cat([real > 0, fake < 0]) if hits is None else hits
-            statistics[name] = hits.to(real.dtype).mean()
+            of_real, of_fake = real.new_zeros(()), real.new_zeros(())  # what a score is compared with
+            if self.config.loss.adv == "rals":
+                of_real, of_fake = self.global_mean(fake), self.global_mean(real)
+            statistics[name] = torch.cat([real > of_real, fake < of_fake]).to(real.dtype).mean()
         return statistics
 
     def _adversarial(self, discriminator: Network, batch: Batch, targets: Targets, sr: Tensor) -> Tensor:

@@ -1,6 +1,5 @@
 """Named configurations: each a function that returns one."""
 
-import dataclasses
 from collections.abc import Callable
 
 from sega_dist.config import (
@@ -58,4 +57,4 @@ def preset(name: str) -> Config:
     """The configuration called `name`; raises UserError with the nearest name."""
     if name not in PRESETS:
         raise UserError(f"unknown preset {name!r}{closest(name, list(PRESETS))} (known: {', '.join(PRESETS)})")
-    return dataclasses.replace(PRESETS[name]())
+    return PRESETS[name]()

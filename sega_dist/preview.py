@@ -8,7 +8,7 @@ from sega_dist.data.pairs import bicubic, to_uint8, to_unit
 from sega_dist.data.shards import Manifest
 from sega_dist.distributed import World
 from sega_dist.errors import UserError
-from sega_dist.metrics import scores
+from sega_dist.metrics import psnr
 from sega_dist.networks.generator import Generator
 from sega_dist.pictures import Panel, grid
 from sega_dist.stats import Report
@@ -31,7 +31,7 @@ class Preview:
         height, width = self.hr.shape[2:]
         self.lr = bicubic(self.hr, height // config.scale, width // config.scale)
         self.bicubic = bicubic(self.lr, height, width)
-        self.bicubic_psnr = scores(self.hr, self.bicubic)["psnr"].tolist()
+        self.bicubic_psnr = psnr(self.hr, self.bicubic).tolist()
 
     @torch.no_grad()
     def show(self, report: Report, generator: Generator, nimg: int) -> dict[str, float]:
@@ -43,7 +43,7 @@ class Preview:
         with self.world.autocast():
             sr = to_uint8(generator(to_unit(self.lr, self.world.dtype)))
         generator.train(was_training)
-        psnr = scores(self.hr, sr)["psnr"].tolist()
+        sr_psnr = psnr(self.hr, sr).tolist()
         rows = [
             [
                 Panel(lr, f"{lr.shape[1]}x{lr.shape[2]}"),
@@ -51,8 +51,10 @@ class Preview:
                 Panel(high, f"{b:.2f} dB"),
                 Panel(hr),
             ]
-            for lr, low, high, hr, a, b in zip(self.lr, self.bicubic, sr, self.hr, self.bicubic_psnr, psnr, strict=True)
+            for lr, low, a, high, b, hr in zip(
+                self.lr, self.bicubic, self.bicubic_psnr, sr, sr_psnr, self.hr, strict=True
+            )
         ]
         report.picture("preview", grid(["LR", "bicubic", f"SR, {nimg / 1000:g} kimg", "HR"], rows), nimg)
-        mean = sum(psnr) / len(psnr)
+        mean = sum(sr_psnr) / len(sr_psnr)
         return {"preview_psnr": mean, "preview_psnr_bicubic": sum(self.bicubic_psnr) / len(self.bicubic_psnr)}

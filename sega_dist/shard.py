@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +20,7 @@ from sega_dist.arguments import OutPath, ShardsPath, SourcePath, parse
 from sega_dist.data import splits
 from sega_dist.data.crops import Crop, UnusableImage, hr_bytes, versions
 from sega_dist.data.shards import Manifest, Shard, open_manifest, verify, write_shard
-from sega_dist.data.sources import Source, open_source, read_partition, sample_keys
+from sega_dist.data.sources import Source, open_source, read_images, read_partition, sample_keys
 from sega_dist.errors import UserError, run
 
 ALWAYS_TOLERATED = 10  # unusable images, however few images there are
@@ -37,7 +38,7 @@ class ShardCommand:
     seed: int = 0  # of split sega
     lists: Path | None = None  # folder of CelebA's list_eval_partition.txt, if not beside the images
     shard_size: int = 1000  # samples a shard
-    max_skip: float = 0.001  # share of images that may be unusable (ten always may)
+    max_skip: float = 0.001  # share of images that may be unusable (ten may unless this is 0)
     jobs: int = os.cpu_count() or 1  # processes; the output does not depend on it
 
 
@@ -45,7 +46,8 @@ class ShardCommand:
 class Plan:
     """One shard to write: where from, what, and how."""
 
-    source: Source
+    source: Path
+    side: str
     path: Path
     samples: tuple[tuple[str, str], ...]  # name in the source, key in the shard
     crop: Crop
@@ -113,6 +115,8 @@ def _check(command: ShardCommand) -> None:
         raise UserError(f"{command.out} exists and is not an empty folder; remove it or name another")
     if command.size < 32 or command.size % 32:
         raise UserError(f"--size is {command.size}; it must be a multiple of 32")
+    if command.seed < 0 or not 0 <= command.max_skip <= 1:
+        raise UserError("--seed must be 0 or more, and --max-skip a share between 0 and 1")
     for name in ("shard_size", "jobs"):
         if getattr(command, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be 1 or more")
@@ -127,48 +131,59 @@ def _split(command: ShardCommand, source: Source) -> dict[str, list[str]]:
 
 
 def _write(command: ShardCommand, source: Source, sides: dict[str, list[str]], folder: Path) -> Manifest:
-    plans = {side: list(_plans(command, source, side, names, folder)) for side, names in sides.items()}
-    limit = max(ALWAYS_TOLERATED, int(command.max_skip * len(source.names)))
-    written: dict[str, list[Written]] = {side: [] for side in plans}
-    skipped: list[dict[str, str]] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
-    with _mapper(command.jobs) as write_all, Progress(*columns, TimeRemainingColumn()) as progress:
-        task = progress.add_task("sharding", total=len(source.names), speed="")
-        for side, side_plans in plans.items():
-            for plan, result in zip(side_plans, write_all(side_plans), strict=True):
-                written[side].append(result)
-                skipped += [{**skip, "split": side} for skip in result.skipped]
-                progress.advance(task, len(plan.samples))
-                speed = progress.tasks[task].speed
-                progress.update(task, speed=f"{speed:.0f} images/s" if speed else "")
-                if len(skipped) > limit:
-                    first = skipped[0]
-                    raise UserError(
-                        f"{len(skipped)} images cannot be used, more than the {limit} allowed by --max-skip"
-                        f" {command.max_skip}; the first is {first['name']}: {first['reason']}"
-                    )
-    shards = {side: tuple(w.shard for w in results if w.shard.samples) for side, results in written.items()}
-    if not any(shards.values()):
+    plans = _plans(command, source, sides, folder)
+    written = _write_all(command, plans)
+    skipped = [skip for result in written for skip in result.skipped]
+    for result in written:
+        if not result.shard.samples:
+            (folder / result.shard.name).unlink()
+            (folder / result.shard.index_name).unlink()
+    whole = {side: tuple(result.shard for plan, result in zip(plans, written, strict=True)
+                         if plan.side == side and result.shard.samples) for side in splits.SIDES}  # fmt: skip
+    if not any(whole.values()):
         first = skipped[0]
         raise UserError(f"none of the images of {command.source} can be used; {first['name']}: {first['reason']}")
-    for empty in (w.shard for results in written.values() for w in results if not w.shard.samples):
-        (folder / empty.name).unlink()
-        (folder / empty.index_name).unlink()
     if skipped:
         (folder / "skipped.jsonl").write_text("".join(json.dumps(skip) + "\n" for skip in skipped))
-    sides_written = {side: shards[side] for side in splits.SIDES if shards.get(side)}
-    manifest = Manifest(
-        folder, command.size, command.crop, command.split, command.seed, len(skipped), versions(), sides_written
-    )
+    shards = {side: parts for side, parts in whole.items() if parts}
+    settings = (command.size, command.crop, command.split, command.seed)
+    manifest = Manifest(folder, *settings, len(skipped), versions(), shards)
     manifest.save()
     return manifest
 
 
-def _plans(command: ShardCommand, source: Source, side: str, names: list[str], folder: Path) -> Iterator[Plan]:
+def _plans(command: ShardCommand, source: Source, sides: dict[str, list[str]], folder: Path) -> list[Plan]:
     keys = sample_keys(source.names)
-    for number, start in enumerate(range(0, len(names), command.shard_size)):
-        samples = tuple((name, keys[name]) for name in names[start : start + command.shard_size])
-        yield Plan(source, folder / f"{side}-{number:05d}.tar", samples, command.crop, command.size)
+    plans = []
+    for side, names in sides.items():
+        for number, start in enumerate(range(0, len(names), command.shard_size)):
+            samples = tuple((name, keys[name]) for name in names[start : start + command.shard_size])
+            path = folder / f"{side}-{number:05d}.tar"
+            plans.append(Plan(source.path, side, path, samples, command.crop, command.size))
+    return plans
+
+
+def _write_all(command: ShardCommand, plans: list[Plan]) -> list[Written]:
+    """Every shard in order, with progress; UserError as soon as too many images turned out unusable."""
+    images = sum(len(plan.samples) for plan in plans)
+    limit = max(ALWAYS_TOLERATED, int(command.max_skip * images)) if command.max_skip > 0 else 0
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
+    written: list[Written] = []
+    skipped: list[dict[str, str]] = []
+    with _mapper(command.jobs) as write_each, Progress(*columns, TimeRemainingColumn()) as progress:
+        task = progress.add_task("sharding", total=images, speed="")
+        for plan, result in zip(plans, write_each(plans), strict=True):
+            written.append(result)
+            skipped += result.skipped
+            if len(skipped) > limit:
+                raise UserError(
+                    f"{len(skipped)} images cannot be used, more than the {limit} allowed by --max-skip"
+                    f" {command.max_skip}; the first is {skipped[0]['name']}: {skipped[0]['reason']}"
+                )
+            progress.advance(task, len(plan.samples))
+            speed = progress.tasks[task].speed
+            progress.update(task, speed=f"{speed:.0f} images/s" if speed else "")
+    return written
 
 
 @contextlib.contextmanager
@@ -177,7 +192,8 @@ def _mapper(jobs: int) -> Iterator[Callable[[list[Plan]], Iterable[Written]]]:
     if jobs == 1:
         yield lambda plans: map(write_planned, plans)
         return
-    pool = ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn"))
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(jobs, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is the parent's
     try:
         yield lambda plans: pool.map(write_planned, plans)
     finally:
@@ -190,13 +206,13 @@ def write_planned(plan: Plan) -> Written:
     keys = dict(plan.samples)
 
     def samples() -> Iterator[tuple[str, bytes, dict[str, Any]]]:
-        for name, data in plan.source.read_all([name for name, _ in plan.samples]):
+        for name, data in read_images(plan.source, keys):
             try:
                 if data is None:
                     raise UnusableImage("cannot be read from its source")
                 yield keys[name], hr_bytes(data, plan.crop, plan.size), {"name": name}
             except UnusableImage as error:
-                skipped.append({"name": name, "reason": str(error)})
+                skipped.append({"name": name, "split": plan.side, "reason": str(error)})
 
     return Written(write_shard(plan.path, samples()), skipped)
 

@@ -1,7 +1,7 @@
 """What a run reports: sums on the device between ticks, then a progress bar, stats.jsonl and TensorBoard."""
 
 import json
-import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -54,10 +54,10 @@ class Report:
         self.file = (run / FILE).open("a")
         console = Console(file=sys.stderr)
         if console.is_terminal:
-            columns = ("{task.description}", BarColumn(), "{task.percentage:>3.0f}%", TimeElapsedColumn(), "ETA",
-                       TimeRemainingColumn(), TextColumn("{task.fields[line]}"))  # fmt: skip
+            columns = (BarColumn(), "{task.percentage:>3.0f}%", TimeElapsedColumn(), "ETA", TimeRemainingColumn(),
+                       TextColumn("{task.fields[speed]}"))  # fmt: skip
             self.progress = Progress(*columns, console=console)
-            self.task = self.progress.add_task("training", total=images, completed=nimg, line="")
+            self.task = self.progress.add_task("training", total=images, completed=nimg, speed="")
             self.progress.start()
 
     def tick(self, entry: dict[str, Any]) -> None:
@@ -69,13 +69,12 @@ class Report:
         for name, value in entry.items():
             if isinstance(value, (int, float)) and name != "nimg":
                 self.writer.add_scalar(name, value, entry["nimg"])
-        line = self._line(entry)
+        left = (self.images - entry["nimg"]) / max(entry["images_per_s"], 1e-9)
+        clock = time.strftime("%H:%M:%S", time.gmtime(left))
+        self.say(f"{entry['nimg']:>9,} / {self.images:,}  {self._line(entry)}  ETA {clock}")
         if self.progress:
-            self.progress.update(self.task, completed=entry["nimg"], line=line)
-        else:
-            left = (self.images - entry["nimg"]) / max(entry["images_per_s"], 1e-9)
-            clock = time.strftime("%H:%M:%S", time.gmtime(left))
-            print(f"{entry['nimg']:>9,} / {self.images:,} images  {line}  ETA {clock}", file=sys.stderr, flush=True)
+            speed = f"{entry['images_per_s']:.3g} images/s"
+            self.progress.update(self.task, completed=entry["nimg"], speed=speed)
 
     def picture(self, name: str, image: Image.Image, nimg: int) -> None:
         """A PNG in RUN/pictures and the same in TensorBoard."""
@@ -95,7 +94,10 @@ class Report:
     def say(self, message: str) -> None:
         """A sentence for the person who watches."""
         if self.run is not None:
-            (self.progress.console.print if self.progress else _plain)(message)
+            if self.progress:
+                self.progress.console.print(message, highlight=False, markup=False)
+            else:
+                print(message, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self.run is None:
@@ -118,15 +120,11 @@ class Report:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Peak device memory on a GPU, resident memory of this process elsewhere."""
+    """Peak memory: of the device on a GPU, of this process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
-
-
-def _plain(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (1e9 if sys.platform == "darwin" else 1e6)  # bytes there, kilobytes elsewhere
 
 
 def _drop_after(file: Path, nimg: int) -> None:

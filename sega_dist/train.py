@@ -9,10 +9,11 @@ from typing import Annotated
 import tyro
 
 from sega_dist import config as configuration
-from sega_dist.arguments import parse
+from sega_dist.arguments import Device, parse
 from sega_dist.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint
 from sega_dist.config import Config
 from sega_dist.data.shards import Manifest, open_manifest
+from sega_dist.distributed import World
 from sega_dist.errors import UserError, run
 from sega_dist.loop import Training
 from sega_dist.presets import PRESETS, preset
@@ -26,6 +27,7 @@ class TrainCommand:
     config: Path | None = None  # a JSON file of configuration keys, laid over the preset
     resume: str = ""  # latest, or the path of a checkpoint: continue that run
     vgg19: Path | None = None  # VGG19 weights; else $SEGA_DIST_VGG19, else torch.hub's cache or a download
+    device: Device = "auto"  # auto: the GPU where there is one; several processes on CPUs beside a GPU need cpu
     dry_run: bool = False  # print the resolved configuration and stop
 
 
@@ -46,7 +48,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("train needs --data SHARDS and --out RUN")
     manifest = open_manifest(command.data)
     check(command.out, config, manifest, checkpoint)
-    with Training(config, manifest, command.out, command.vgg19, checkpoint) as training:
+    world = World(config.train.precision, command.device)
+    with Training(world, config, manifest, command.out, command.vgg19, checkpoint) as training:
         training.run()
 
 
@@ -64,9 +67,8 @@ def resolve(argv: list[str]) -> tuple[TrainCommand, Config, Checkpoint | None]:
         base = preset(known.preset)
     if known.config:
         values = configuration.load(Path(known.config))
-        base = configuration.from_dict(
-            configuration.merge(configuration.to_dict(base or Config()), values), known.config
-        )
+        values = configuration.merge(configuration.to_dict(base or Config()), values)
+        base = configuration.from_dict(values, known.config)
     is_help = bool({"-h", "--help"} & set(argv))
     parsed = parse(Command, argv, "sega-dist train", Command(TrainCommand(), base or Config()))
     if base is None and not is_help:

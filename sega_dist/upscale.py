@@ -8,7 +8,7 @@ import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from sega_dist.arguments import InPath, OutPath, SnapshotPath, parse
+from sega_dist.arguments import Device, InPath, OutPath, SnapshotPath, parse
 from sega_dist.checkpoint import load_snapshot
 from sega_dist.data.crops import UnusableImage, decode
 from sega_dist.data.pairs import to_uint8, to_unit
@@ -29,7 +29,7 @@ class UpscaleCommand:
     out: OutPath  # the image to write, or the folder for images of the same names
     batch: int = 8  # images of equal size at a time
     tile: int = 256  # larger inputs are done in tiles of this many pixels, to bound memory; 0 = always whole
-    device: str = "auto"  # auto, cpu, cuda
+    device: Device = "auto"  # auto: the GPU where there is one
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -45,14 +45,19 @@ def upscale(command: UpscaleCommand) -> tuple[int, int]:
     targets = plan(command.source, command.out)
     snapshot = load_snapshot(command.snapshot, command.device)
     done, problems = 0, list[str]()
-    for names, images in batches(list(targets), command.batch, problems, is_alone=not command.source.is_dir()):
+    is_alone = not command.source.is_dir()
+    for names, images in batches(list(targets), command.batch, command.tile, problems, is_alone):
         large = enlarge(
             snapshot.generator, torch.stack(images).to(snapshot.device), snapshot.config.scale, command.tile
         )
         for name, pixels in zip(names, large, strict=True):
             targets[name].parent.mkdir(parents=True, exist_ok=True)
-            to_image(pixels).save(targets[name], quality=95, subsampling=0)
-            done += 1
+            try:
+                to_image(pixels).save(targets[name], quality=95, subsampling=0)
+                done += 1
+            except ValueError as error:  # WebP ends at 16,383 pixels a side
+                targets[name].unlink(missing_ok=True)
+                problems.append(f"{name}: cannot be written as {targets[name].suffix}: {error}")
     for problem in problems:
         print(f"skipped {problem}")
     if not done:
@@ -83,7 +88,7 @@ def plan(source: Path, out: Path) -> dict[Path, Path]:
 
 
 def batches(
-    files: list[Path], size: int, problems: list[str], is_alone: bool
+    files: list[Path], size: int, tile: int, problems: list[str], is_alone: bool
 ) -> Iterator[tuple[list[Path], list[Tensor]]]:
     """Neighbouring images of equal size together; what cannot be read goes to `problems`."""
     names: list[Path] = []
@@ -94,7 +99,8 @@ def batches(
         except (UnusableImage, OSError) as error:
             problems.append(f"{file}: {error}")
             continue
-        if names and (len(names) == size or pixels.shape != images[0].shape):
+        is_tiled = tile and max(pixels.shape) > tile  # these go one by one, to bound memory
+        if names and (len(names) == size or is_tiled or pixels.shape != images[0].shape):
             yield names, images
             names, images = [], []
         names.append(file)

@@ -67,7 +67,9 @@ def program(*words: object, ranks: int = 0, timeout: float = 240, env: dict[str,
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
-    torch.set_num_threads(1)  # as the programs that tests start: the order of additions is then the same
+    """As the programs that tests start: on the CPU, and with the same order of additions."""
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -34,6 +34,8 @@ def test_the_papers_preset():
         ({"train": {"batch_sise": 4}}, "train.batch_sise in .* did you mean batch_size"),
         ({"trian": {}}, "trian in .* did you mean train"),
         ({"scale": 3}, "scale in .* one of 4, 8, 16"),
+        ({"scale": 4.0}, "scale in .* one of 4, 8, 16"),
+        ({"data": {"size": 512}}, "at most 256"),
         ({"train": {"images": "many"}}, "train.images"),
         ({"train": {"images": True}}, "train.images"),
         ({"train": 4}, "must be a section"),
@@ -47,7 +49,7 @@ def test_the_papers_preset():
 )
 def test_illegal_configurations_name_the_key(values: dict, said: str):
     with pytest.raises(UserError, match=said):
-        configuration.from_dict(values)
+        configuration.validate(configuration.from_dict(values))
 
 
 def test_merge_lays_sections_over_each_other():

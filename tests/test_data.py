@@ -200,6 +200,13 @@ def test_every_mode_becomes_rgb(mode: str, crop: str):
         assert (made.size, made.mode) == ((64, 64), "RGB")
 
 
+def test_sixteen_bits_become_eight_by_their_high_byte():
+    ramp = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    out = io.BytesIO()
+    Image.fromarray(ramp).save(out, "PNG")
+    assert np.array_equal(np.asarray(crops.decode(out.getvalue()))[:, :, 1], ramp >> 8)
+
+
 @pytest.mark.parametrize("data", [b"", b"<html>", jpeg(portrait(64))[:900], jpeg(portrait(32).resize((8, 8)))])
 def test_unusable_images_say_why(data: bytes):
     with pytest.raises(crops.UnusableImage):

@@ -100,7 +100,7 @@ def test_relativistic_loss_and_gradient_are_those_of_the_global_batch(ranks: int
 
 
 def test_player_state_is_by_name_and_comes_back():
-    world = World(force_cpu=True)
+    world = World(device="cpu")
     player = Player(world, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 1e-2, (0.9, 0.999))
     player.backward_and_step(player.forward(torch.randn(2, 3, 5, 5)).square().sum())
     state = {name: tensor.clone() for name, tensor in player.full_state().items()}
@@ -115,7 +115,7 @@ def test_player_state_is_by_name_and_comes_back():
 
 
 def test_frozen_gives_gradient_through_but_none_to_the_parameters():
-    player = Player(World(force_cpu=True), nn.Conv2d(3, 1, 3), 1e-2, (0.9, 0.999))
+    player = Player(World(device="cpu"), nn.Conv2d(3, 1, 3), 1e-2, (0.9, 0.999))
     x = torch.randn(1, 3, 5, 5, requires_grad=True)
     with player.frozen() as module:
         module(x).sum().backward()

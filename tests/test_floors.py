@@ -24,7 +24,7 @@ FLOORS: list[set[str]] = [
     {"checkpoint", "ema", "stats", "weights"},
     {"preview"},
     {"loop"},
-    {"shard", "train", "evaluate", "upscale", "describe"},
+    {"shard", "train", "evaluate", "upscale", "describe", "synthetic"},
     {"cli"},
     {"__main__"},
 ]

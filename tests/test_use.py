@@ -248,7 +248,7 @@ def test_bad_snapshots_and_splits(manifest: Manifest, snapshot: Path, tmp_path: 
         (evaluate.main, [str(cut), *data], "not a whole snapshot"),
         (evaluate.main, [str(tmp_path / "none"), *data], "does not exist"),
         (evaluate.main, [str(snapshot), *data, "--split", "tset"], "did you mean test"),
-        (evaluate.main, [str(snapshot), *data, "--device", "cuda:1"], "auto, cpu or cuda"),
+        (evaluate.main, [str(snapshot), *data, "--device", "cuda:1"], "invalid choice 'cuda:1'"),
         (upscale.main, [str(cut), str(picture), str(tmp_path / "out.png")], "not a whole snapshot"),
         (upscale.main, [str(snapshot), str(tmp_path / "none.png"), str(tmp_path / "out.png")], "does not exist"),
         (upscale.main, [str(snapshot), str(picture), str(tmp_path / "out.xyz")], "does not name an image"),

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from sega_dist.config import DiscriminatorConfig, NormConfig
 from sega_dist.networks.encoder import TrainableEncoder
 from sega_dist.networks.initial import glorot_
-from sega_dist.networks.vgg19 import EMBEDDING_SIDE
 
 HEAD = (256, 128, 64, 32, 16)  # widths of the fully connected module (paper figure 2, FCM)
 NOISE = sum(HEAD)  # uniform numbers one image needs for its dropout: 496
@@ -55,7 +54,7 @@ class Discriminator(nn.Module):
         if semantics:
             widths = [(int(multiple * width), s) for multiple, s in SEMANTIC_STAGES]
             self.semantics = stages(semantics, widths, config.slope, norm)
-            features += widths[-1][0] * (EMBEDDING_SIDE // 8) ** 2
+            features += widths[-1][0]  # the strides end at 1x1
         sides = (features, *HEAD)
         self.head = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sides, sides[1:], strict=False))
         self.logit = nn.Linear(HEAD[-1], 1, bias=has_last_bias)

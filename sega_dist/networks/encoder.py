@@ -8,7 +8,7 @@ from sega_dist.networks.vgg19 import EMBEDDING_SIDE
 
 SLOPE = 0.2
 # Widths of the stride-2 stages, in units of `encoder.width`, by how many are needed to reach 8x8.
-STAGES = {1: (8,), 2: (2, 8), 3: (2, 4, 8), 4: (1, 2, 4, 8), 5: (1, 2, 4, 8, 8)}
+STAGES = {0: (8,), 1: (8,), 2: (2, 8), 3: (2, 4, 8), 4: (1, 2, 4, 8), 5: (1, 2, 4, 8, 8)}
 
 
 def encoder_branch(side: int, width: int, norm: NormConfig) -> nn.Sequential:
@@ -16,7 +16,7 @@ def encoder_branch(side: int, width: int, norm: NormConfig) -> nn.Sequential:
     stages = (side // EMBEDDING_SIDE).bit_length() - 1
     layers: list[nn.Module] = []
     channels = 3
-    for multiple in STAGES.get(stages, (8,)):
+    for multiple in STAGES[stages]:
         stride = 2 if stages else 1  # an input of 8x8 is embedded without shrinking
         layers += [
             nn.Conv2d(channels, multiple * width, 3, stride, 1, bias=norm.conv_bias),
