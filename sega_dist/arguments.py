@@ -50,7 +50,8 @@ def keys(command: Any, prefix: str = "") -> list[str]:
 
 def _unknown(word: str, command: type, program: str) -> str:
     if not word.startswith("-"):
-        return f"{program}: unexpected argument {word!r}"
+        hint = f"; write --{word.replace('=', ' ', 1)}" if "=" in word else ""
+        return f"{program}: unexpected argument {word!r}{hint}"
     names = keys(command)
     options = sorted(
         {f"--{part.replace('_', '-')}" for name in names for part in (name, name.partition(".")[2]) if part}

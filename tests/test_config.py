@@ -86,6 +86,7 @@ def test_unknown_preset_names_the_nearest():
         (["--train.batch_size", "four"], "--train.batch-size: invalid literal for int"),
         (["--train.precision", "fp8"], "invalid choice 'fp8'.* 'bf16'"),
         (["word"], "unexpected argument 'word'"),
+        (["train.seed=4"], "write --train.seed 4"),
     ],
 )
 def test_command_line_complaints_are_one_line(words: list[str], said: str):
