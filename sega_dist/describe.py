@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
 def describe(config: Config) -> dict[str, dict[str, Any]]:
     """Parameters, shapes and GFLOP of each network the configuration uses.
 
-    The encoder's `gflop` is that of the HR image, `gflop_lr` that of the LR image.
+    The generator is shown on a whole image, the others on what a step trains on (`data.patch`). The encoder's `gflop`
+    is that of the HR image, `gflop_lr` that of the LR image.
     """
     with torch.device("meta"):
         return _describe(config)
@@ -62,8 +63,8 @@ def describe(config: Config) -> dict[str, dict[str, Any]]:
 def _describe(config: Config) -> dict[str, dict[str, Any]]:
     hr, lr = torch.empty(2, 3, config.hr_size, config.hr_size), torch.empty(2, 3, config.lr_size, config.lr_size)
     noise = torch.empty(2, NOISE)
-    generator = build_generator(config)
-    networks = {"generator": _row(generator, "LR", lr, generator)}
+    generator, photograph = build_generator(config), config.data.size // config.scale
+    networks = {"generator": _row(generator, "LR", torch.empty(1, 3, photograph, photograph), generator)}
     if config.has_discriminator:
         discriminator, embedding = build_discriminator(config), None
         if config.encoder.kind != "none":
