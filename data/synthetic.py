@@ -10,9 +10,9 @@ from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw
-from rich.progress import track
 
 from sega_dist.errors import UserError
+from sega_dist.progress import progress
 
 # Face coordinates: the origin lies between the eyes, x points right, y down, and 1 is the side of the picture.
 Points = np.ndarray | Sequence[tuple[float, float]]
@@ -461,5 +461,8 @@ def write_folder(out: Path, images: int, seed: int = 0, size: int = 256, quality
         raise UserError(f"{out} exists and is not an empty folder: give a new folder, or empty this one")
     folder = out / "img_align_celeba"
     folder.mkdir(parents=True)
-    for index in track(range(images), description="drawing faces"):
-        Image.fromarray(face(seed, index, size)).save(folder / f"{index + 1:06d}.jpg", quality=quality, subsampling=0)
+    with progress("drawing", images) as advance:
+        for index in range(images):
+            path = folder / f"{index + 1:06d}.jpg"
+            Image.fromarray(face(seed, index, size)).save(path, quality=quality, subsampling=0)
+            advance(1)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -23,6 +22,7 @@ from sega_dist.data.shards import open_manifest
 from sega_dist.errors import UserError, run
 from sega_dist.metrics import NAMES, PROTOCOL, scores
 from sega_dist.pictures import Panel, grid, to_image
+from sega_dist.progress import progress
 
 SHOWN = 8  # rows of the picture grid
 
@@ -69,19 +69,20 @@ def evaluate(command: EvaluateCommand) -> dict[str, Any]:
     command.out.mkdir(parents=True, exist_ok=True)
     rows: list[Row] = []
     pictures: list[list[Panel]] = []
-    starts = range(0, len(reader), command.batch)
-    for start in track(starts, description=f"evaluating {command.split}", disable=not Console().is_terminal):
-        numbers = range(start, min(start + command.batch, len(reader)))
-        hr, names = read_whole(reader, numbers)
-        lr, methods = super_resolve(snapshot.generator, scale, hr.to(snapshot.device))
-        values = {method: scores(hr.to(snapshot.device), sr) for method, sr in methods.items()}
-        for i, name in enumerate(names):
-            row = {m: {key: float(v[i]) for key, v in metrics.items()} for m, metrics in values.items()}
-            rows.append(Row(name, row))
-            if start + i < command.save:
-                _save(command.out, name, {"lr": lr[i], "sr": methods["model"][i]})
-            if len(pictures) < SHOWN:
-                pictures.append(list(_panels(hr[i], lr[i], {m: sr[i] for m, sr in methods.items()}, row)))
+    with progress(f"evaluating {command.split}", len(reader)) as advance:
+        for start in range(0, len(reader), command.batch):
+            numbers = range(start, min(start + command.batch, len(reader)))
+            hr, names = read_whole(reader, numbers)
+            lr, methods = super_resolve(snapshot.generator, scale, hr.to(snapshot.device))
+            values = {method: scores(hr.to(snapshot.device), sr) for method, sr in methods.items()}
+            for i, name in enumerate(names):
+                row = {m: {key: float(v[i]) for key, v in metrics.items()} for m, metrics in values.items()}
+                rows.append(Row(name, row))
+                if start + i < command.save:
+                    _save(command.out, name, {"lr": lr[i], "sr": methods["model"][i]})
+                if len(pictures) < SHOWN:
+                    pictures.append(list(_panels(hr[i], lr[i], {m: sr[i] for m, sr in methods.items()}, row)))
+            advance(len(names))
     protocol = PROTOCOL | {
         "scale": scale, "split": command.split, "data": manifest.digest, "data_split": manifest.split,
         "crop_of_source": manifest.crop, "nimg": snapshot.nimg, "device": snapshot.device.type,

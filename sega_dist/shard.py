@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from sega_dist.arguments import OutPath, ShardsPath, SourcePath, parse
 from sega_dist.data import splits
 from sega_dist.data.crops import Crop, UnusableImage, hr_bytes, versions
 from sega_dist.data.shards import Manifest, Shard, open_manifest, verify, write_shard
 from sega_dist.data.sources import Source, open_source, read_images, read_partition, sample_keys
 from sega_dist.errors import UserError, run
+from sega_dist.progress import progress
 
 ALWAYS_TOLERATED = 10  # unusable images, however few images there are
 
@@ -167,11 +166,9 @@ def _write_all(command: ShardCommand, plans: list[Plan]) -> list[Written]:
     """Every shard in order, with progress; UserError as soon as too many images turned out unusable."""
     images = sum(len(plan.samples) for plan in plans)
     limit = max(ALWAYS_TOLERATED, int(command.max_skip * images)) if command.max_skip > 0 else 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
     written: list[Written] = []
     skipped: list[dict[str, str]] = []
-    with _mapper(command.jobs) as write_each, Progress(*columns, TimeRemainingColumn()) as progress:
-        task = progress.add_task("sharding", total=images, speed="")
+    with _mapper(command.jobs) as write_each, progress("sharding", images) as advance:
         for plan, result in zip(plans, write_each(plans), strict=True):
             written.append(result)
             skipped += result.skipped
@@ -180,9 +177,7 @@ def _write_all(command: ShardCommand, plans: list[Plan]) -> list[Written]:
                     f"{len(skipped)} images cannot be used, more than the {limit} allowed by --max-skip"
                     f" {command.max_skip}; the first is {skipped[0]['name']}: {skipped[0]['reason']}"
                 )
-            progress.advance(task, len(plan.samples))
-            speed = progress.tasks[task].speed
-            progress.update(task, speed=f"{speed:.0f} images/s" if speed else "")
+            advance(len(plan.samples))
     return written
 
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 
 from sega_dist.arguments import Device, InPath, OutPath, SnapshotPath, parse
@@ -15,6 +14,7 @@ from sega_dist.data.pairs import to_uint8, to_unit
 from sega_dist.data.sources import SUFFIXES
 from sega_dist.errors import UserError, run
 from sega_dist.pictures import to_image, to_tensor
+from sega_dist.progress import progress
 
 MIN_SIDE = 8  # pixels; below that there is no face to see
 OVERLAP = 16  # LR pixels at which neighbouring tiles see each other's content before they are cut
@@ -45,19 +45,20 @@ def upscale(command: UpscaleCommand) -> tuple[int, int]:
     targets = plan(command.source, command.out)
     snapshot = load_snapshot(command.snapshot, command.device)
     done, problems = 0, list[str]()
-    is_alone = not command.source.is_dir()
-    for names, images in batches(list(targets), command.batch, command.tile, problems, is_alone):
-        large = enlarge(
-            snapshot.generator, torch.stack(images).to(snapshot.device), snapshot.config.scale, command.tile
-        )
-        for name, pixels in zip(names, large, strict=True):
-            targets[name].parent.mkdir(parents=True, exist_ok=True)
-            try:
-                to_image(pixels).save(targets[name], quality=95, subsampling=0)
-                done += 1
-            except ValueError as error:  # WebP ends at 16,383 pixels a side
-                targets[name].unlink(missing_ok=True)
-                problems.append(f"{name}: cannot be written as {targets[name].suffix}: {error}")
+    with progress("upscaling", len(targets)) as advance:
+        for names, images in batches(list(targets), command.batch, command.tile, problems):
+            lr = torch.stack(images).to(snapshot.device)
+            for name, sr in zip(
+                names, enlarge(snapshot.generator, lr, snapshot.config.scale, command.tile), strict=True
+            ):
+                try:
+                    targets[name].parent.mkdir(parents=True, exist_ok=True)
+                    to_image(sr).save(targets[name], quality=95, subsampling=0)
+                    done += 1
+                except ValueError as error:  # WebP ends at 16,383 pixels a side
+                    targets[name].unlink(missing_ok=True)
+                    problems.append(f"{name}: cannot be written as {targets[name].suffix}: {error}")
+            advance(len(names))
     for problem in problems:
         print(f"skipped {problem}")
     if not done:
@@ -87,13 +88,11 @@ def plan(source: Path, out: Path) -> dict[Path, Path]:
     return targets
 
 
-def batches(
-    files: list[Path], size: int, tile: int, problems: list[str], is_alone: bool
-) -> Iterator[tuple[list[Path], list[Tensor]]]:
+def batches(files: list[Path], size: int, tile: int, problems: list[str]) -> Iterator[tuple[list[Path], list[Tensor]]]:
     """Neighbouring images of equal size together; what cannot be read goes to `problems`."""
     names: list[Path] = []
     images: list[Tensor] = []
-    for file in track(files, description="upscaling", disable=is_alone):
+    for file in files:
         try:
             pixels = to_tensor(decode(file.read_bytes(), MIN_SIDE))
         except (UnusableImage, OSError) as error:

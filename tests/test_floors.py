@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS: list[set[str]] = [
     {"errors"},
-    {"config", "arguments"},
+    {"config", "arguments", "progress"},
     {"presets"},
     {"kernels.*", "data.positions", "data.crops", "data.sources", "data.pairs", "data.synthetic"},
     {"data.splits", "data.shards"},
