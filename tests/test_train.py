@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,11 @@ from safetensors.torch import load_file
 from sega_dist import train
 from sega_dist.config import to_dict
 from sega_dist.data.shards import Manifest
+from sega_dist.distributed import Player
 from sega_dist.errors import PREEMPTED, UserError
+from sega_dist.networks.generator import Generator
 from sega_dist.networks.vgg19 import CONV3_3, Vgg19
+from sega_dist.objectives import SegaObjective
 
 PROOF = [*SMALL, "--train.precision", "fp64", "--train.images", "36", "--train.ema-kimg", "0"]
 
@@ -191,6 +195,40 @@ def test_patches_and_bf16_and_bce_train(manifest: Manifest, tmp_path: Path):
     first, second = stats(tmp_path / "run")
     assert "loss_d" not in first
     assert "loss_d" in second
+
+
+def test_the_generators_phase_leaves_no_gradient_on_the_discriminator(
+    manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Sharded engines go silently wrong if D's parameters take gradient in the G phase."""
+    before: list[torch.Tensor] = []
+    monkeypatch.setattr(SegaObjective, "g_loss", spied := spy(SegaObjective.g_loss, before))
+    monkeypatch.setattr(Player, "backward_and_step", checked(Player.backward_and_step, spied, before))
+    start(manifest, tmp_path / "run", "--train.images", 24)
+    assert len(before) > 0
+
+
+def spy(g_loss: Callable, before: list[torch.Tensor]) -> Callable:
+    """Note D's gradients as the G phase begins."""
+
+    def spied(self: SegaObjective, discriminator: torch.nn.Module, *rest: object):
+        spied.discriminator = discriminator
+        before[:] = [p.grad.clone() for p in discriminator.parameters()]
+        return g_loss(self, discriminator, *rest)
+
+    return spied
+
+
+def checked(backward_and_step: Callable, spied: Callable, before: list[torch.Tensor]) -> Callable:
+    """After the generator's backward, D's gradients must be those of the D phase still."""
+
+    def check(self: Player, loss: torch.Tensor) -> None:
+        backward_and_step(self, loss)
+        if isinstance(self.raw, Generator):
+            after = [p.grad for p in spied.discriminator.parameters()]
+            assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+    return check
 
 
 def test_without_an_adversarial_weight_there_is_no_discriminator(manifest: Manifest, tmp_path: Path):
