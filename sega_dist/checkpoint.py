@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,10 @@ from sega_dist.networks.generator import Generator
 FORMAT = 1
 CHECKPOINTS, SNAPSHOTS, STATE = "checkpoints", "snapshots", "state.json"
 METADATA = "sega_dist"  # key in a snapshot's safetensors header
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint whose bytes are not those that were written; an older one may serve."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +61,7 @@ def save_checkpoint(run: Path, nimg: int, config: Config, data_digest: str, vgg1
         state["sha256"] = digest(state)
         _write_durably(partial / STATE, json.dumps(state, indent=1).encode())
     folders = _folders(run)
-    abandoned = [other for other in folders if other > folder]  # damaged, or the run would have gone on from there
+    abandoned = [other for other in folders if other > folder]  # damaged, or the run would have gone on from them
     for old in abandoned + [other for other in folders if other <= folder][:-keep]:
         shutil.rmtree(old)
     return folder
@@ -72,8 +77,8 @@ def find_checkpoint(run: Path, wanted: str) -> Checkpoint:
     for folder in reversed(folders):
         try:
             return dataclasses.replace(read_checkpoint(folder), is_fallback=folder != folders[-1])
-        except UserError as error:
-            print(f"warning: {error}; trying the one before", flush=True)
+        except DamagedCheckpoint as error:
+            print(f"warning: {error}; trying the one before", file=sys.stderr, flush=True)
     raise UserError(f"none of the {len(folders)} checkpoints in {run / CHECKPOINTS} is whole")
 
 
@@ -86,22 +91,22 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint after checking the digest of every file."""
     try:
         state = json.loads((folder / STATE).read_text())
+        if state.pop("sha256") != digest(state):
+            raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {STATE} differs from its digest")
         if state["format"] != FORMAT:
             raise UserError(f"checkpoint {folder} has format {state['format']}, this version reads {FORMAT}")
-        if state.pop("sha256") != digest(state):
-            raise UserError(f"checkpoint {folder} is damaged: {STATE} differs from its digest")
         tensors = {}
         for name, expected in state["files"].items():
             file = folder / Path(name).name
             if file_sha256(file) != expected:
-                raise UserError(f"checkpoint {folder} is damaged: {name} differs from its digest")
+                raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {name} differs from its digest")
             tensors[file.stem] = load_file(file)
         config = validate(from_dict(state["config"], str(folder / STATE)))
         return Checkpoint(folder, state["nimg"], config, state["data"], state["vgg19"], tensors)
     except OSError as error:
-        raise UserError(f"cannot read checkpoint {folder}: {error.strerror}: {error.filename}") from None
+        raise DamagedCheckpoint(f"cannot read checkpoint {folder}: {error.strerror}: {error.filename}") from None
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"checkpoint {folder} is damaged ({type(error).__name__}: {error})") from None
+        raise DamagedCheckpoint(f"checkpoint {folder} is damaged ({type(error).__name__}: {error})") from None
 
 
 def save_snapshot(run: Path, nimg: int, config: Config, generator: Generator) -> Path:

@@ -57,11 +57,6 @@ class World:
         return self.rank == 0
 
     @property
-    def is_local_main(self) -> bool:
-        """Whether this is the first process of its machine."""
-        return bool(self.accelerator.is_local_main_process)
-
-    @property
     def dtype(self) -> torch.dtype:
         """Of weights, images and losses."""
         return torch.float64 if self.precision == "fp64" else torch.float32

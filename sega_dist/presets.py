@@ -24,13 +24,13 @@ def sega(scale: Scale) -> Config:
 def tiny(scale: Scale) -> Config:
     """A few minutes on two CPU cores and no VGG19: narrow networks, a trained encoder, a pixel loss first.
 
-    It should end above bicubic by more than 0.3 dB on faces it never saw; `docs/results/first-light.md` has figures.
+    It should end above bicubic's PSNR on faces it never saw; `docs/results/first-light.md` has figures.
     """
     return Config(
         scale=scale,
         data=DataConfig(patch=64, workers=1),
         generator=GeneratorConfig(channels=32, nested_blocks=1, zero_fusion=True),
-        norm=NormConfig(momentum=0.01),  # four small patches a step: over ten steps, statistics cost 0.8 dB in noise
+        norm=NormConfig(momentum=0.01),  # over ten steps of four small patches statistics are noise: first-light.md
         encoder=EncoderConfig(kind="trainable", width=8),
         discriminator=DiscriminatorConfig(width=8),
         loss=LossConfig(w_content=0.0, w_pixel=1.0),

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from sega_dist import checkpoint
-from sega_dist.checkpoint import find_checkpoint, load_snapshot, read_checkpoint, save_checkpoint, save_snapshot
-from sega_dist.config import Config, GeneratorConfig
+from sega_dist.checkpoint import find_checkpoint, load_snapshot, save_checkpoint, save_snapshot
+from sega_dist.config import Config, GeneratorConfig, digest
 from sega_dist.errors import UserError
 from sega_dist.networks.build import build_generator
 
@@ -43,7 +43,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(tmp_path: Path, file: str, h
     if how != "delete":
         path.write_bytes({"truncate": data[:-9], "flip": data, "empty": b""}[how])
     assert find_checkpoint(tmp_path, "latest").nimg == 8
-    assert "trying the one before" in capsys.readouterr().out
+    assert "trying the one before" in capsys.readouterr().err
 
 
 def test_what_was_abandoned_never_pushes_out_what_is_new(tmp_path: Path):
@@ -79,9 +79,11 @@ def test_no_checkpoint_and_a_newer_format_say_so(tmp_path: Path):
         find_checkpoint(tmp_path, "latest")
     folder = save(tmp_path, 8)
     state = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps({**state, "format": 99}))
-    with pytest.raises(UserError, match="format 99"):
-        read_checkpoint(folder)
+    newer = {**{key: value for key, value in state.items() if key != "sha256"}, "format": 99}
+    (folder / "state.json").write_text(json.dumps({**newer, "sha256": digest(newer)}))
+    for wanted in (str(folder), "latest"):  # never passed over as if damaged: a later save would remove it
+        with pytest.raises(UserError, match="format 99"):
+            find_checkpoint(tmp_path, wanted)
 
 
 def test_snapshots_come_back(tmp_path: Path):
