@@ -54,6 +54,7 @@ def test_what_was_abandoned_never_pushes_out_what_is_new(tmp_path: Path):
     assert find_checkpoint(tmp_path, "latest").nimg == 50
     save(tmp_path, 60, keep=1)
     assert find_checkpoint(tmp_path, "latest").nimg == 60
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000000000060"]
 
 
 def test_a_crash_while_writing_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
