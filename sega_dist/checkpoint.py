@@ -148,7 +148,8 @@ def load_snapshot(path: Path, device_name: Device = "cpu") -> Snapshot:
             raise UserError(f"{file} was not written by sega-dist: its header holds no configuration")
         values = json.loads(header)
         config, state = validate(from_dict(values["config"], str(file))), load_file(file)
-        generator = build_generator(config)
+        # What made it does not bind who uses it: a snapshot trained with kernels=triton serves on a CPU.
+        generator = build_generator(dataclasses.replace(config, kernels="auto"))
         generator.load_state_dict(state)
         generator.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return Snapshot(generator, config, int(values["nimg"]), device)

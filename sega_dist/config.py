@@ -11,6 +11,7 @@ from typing import Any, Literal
 from sega_dist.errors import UserError, closest
 
 Scale = Literal[4, 8, 16]
+Kernels = Literal["auto", "triton", "hybrid", "reference"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,7 @@ class TrainConfig:
 @dataclass(frozen=True)
 class Config:
     scale: Scale = 4  # HR side over LR side
+    kernels: Kernels = "auto"  # fused ops: auto takes what the table of this GPU says, others ask for one or fail
     data: DataConfig = field(default_factory=DataConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     norm: NormConfig = field(default_factory=NormConfig)
@@ -106,7 +108,7 @@ class Config:
 
 # Keys that may change when a run goes on: they decide how long, how fast and how loudly, not what is computed.
 FREE_ON_RESUME = {
-    "data.workers", "data.max_bad_samples", "train.images", "train.tick_kimg", "train.grid_kimg",
+    "kernels", "data.workers", "data.max_bad_samples", "train.images", "train.tick_kimg", "train.grid_kimg",
     "train.checkpoint_kimg", "train.keep",
 }  # fmt: skip
 

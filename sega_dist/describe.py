@@ -1,5 +1,6 @@
 """What a configuration builds: `sega-dist describe --preset sega_x4` prints parameters, shapes and GFLOP."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ def describe(config: Config) -> dict[str, dict[str, Any]]:
     is that of the HR image, `gflop_lr` that of the LR image.
     """
     with torch.device("meta"):
-        return _describe(config)
+        return _describe(dataclasses.replace(config, kernels="reference"))
 
 
 def _describe(config: Config) -> dict[str, dict[str, Any]]:

@@ -69,11 +69,13 @@ class World:
         """`module` on this device, in this precision, channels last."""
         return module.to(device=self.device, dtype=self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def global_mean(self, x: Tensor) -> Tensor:
-        """Mean over the elements of all ranks, with gradient through it."""
+    def global_means(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean of each over the elements of all ranks, with gradient; one collective of two sums and two counts."""
         if self.size == 1:
-            return x.mean()
-        return AllReduceSum.apply(x.sum()) / (x.numel() * self.size)
+            return real.mean(), fake.mean()
+        counts = real.new_tensor([real.numel(), fake.numel()])
+        sums = AllReduceSum.apply(torch.cat([torch.stack([real.sum(), fake.sum()]), counts]))
+        return sums[0] / sums[2], sums[1] / sums[3]
 
     @torch.no_grad()
     def mean_of(self, values: Tensor) -> Tensor:

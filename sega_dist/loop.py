@@ -24,6 +24,7 @@ from sega_dist.data.shards import Manifest
 from sega_dist.distributed import Player, World
 from sega_dist.ema import Ema
 from sega_dist.errors import BAD_DATA, NON_FINITE, PREEMPTED, UserError
+from sega_dist.kernels import backend
 from sega_dist.networks.build import build_discriminator, build_generator, build_vgg19
 from sega_dist.networks.discriminator import NOISE
 from sega_dist.networks.generator import Generator
@@ -75,6 +76,7 @@ class Training:
         sums, waited, since, began = Sums(), 0.0, self.nimg, time.perf_counter()
         ranks = f"{self.world.size} x {self.world.device.type}, {train.precision}"
         self.report.say(f"{ranks}: from image {self.nimg:,} to {train.images:,} -> {self.out}")
+        self.report.say(f"kernels {self.config.kernels}: " + ", ".join(f"{op} {impl}" for op, impl in self.ops.items()))
         loader = self._loader()
         while self.nimg < train.images:
             start = time.perf_counter()
@@ -156,6 +158,7 @@ class Training:
 
     def _build(self, vgg19: Path | None) -> None:
         config, train = self.config, self.config.train
+        self.ops = plan_kernels(config, self.world)
         torch.manual_seed(train.seed)
         self.generator = Player(self.world, build_generator(config), train.learning_rate, train.betas)
         self.discriminator = None
@@ -166,7 +169,7 @@ class Training:
             with self.world.local_main_first():
                 self.vgg19_digest = load_vgg19(features, vgg19)
             self.world.place(features)
-        self.objective = SegaObjective(config, features, self.world.global_mean)
+        self.objective = SegaObjective(config, features, self.world.global_means)
         self.ema = Ema(self.generator.raw, train.ema_kimg * 1000) if train.ema_kimg else None
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -229,6 +232,20 @@ class Training:
         if self.stop_signal:  # asked twice: do not wait for the step
             raise KeyboardInterrupt
         self.stop_signal = number
+
+
+def plan_kernels(config: Config, world: World) -> dict[str, backend.Impl]:
+    """Which implementation each fused op of this run will take; refuses what the configuration asks for in vain."""
+    count, side, channels = config.train.batch_size // world.size, config.lr_size, config.generator.channels
+    trunk = {op: [count, channels, side, side] for op in ("ridb", "upconv_act")}
+    logits = {"rals": [count, 1]} if config.has_discriminator and config.loss.adv == "rals" else {}
+    dtype, device = torch.bfloat16 if config.train.precision == "bf16" else world.dtype, world.device.type
+    wide = torch.float64 if world.dtype == torch.float64 else torch.float32
+    try:
+        of_trunk = backend.plan(config.kernels, trunk, dtype, device, config.generator.slope)
+        return of_trunk | backend.plan(config.kernels, logits, wide, device, 0.0)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def make_batch(images: Tensor, first: int, config: Config, dtype: torch.dtype) -> Batch:

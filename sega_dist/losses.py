@@ -7,20 +7,18 @@ global batch: whoever knows the ranks computes them, with gradient.
 import torch.nn.functional as F
 from torch import Tensor
 
-
-def rals(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor, sign: float) -> Tensor:
-    """mean (C(x_r) - mean C(x_f) - sign)^2 + mean (C(x_f) - mean C(x_r) + sign)^2, no factor 1/2."""
-    return (real - mean_fake - sign).square().mean() + (fake - mean_real + sign).square().mean()
+from sega_dist.kernels.backend import Impl
+from sega_dist.kernels.rals import rals
 
 
-def rals_d(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor) -> Tensor:
+def rals_d(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor, impl: Impl = "reference") -> Tensor:
     """L_D of paper section 3.4: real should score one above the mean fake, fake one below the mean real."""
-    return rals(real, fake, mean_real, mean_fake, 1.0)
+    return rals(real, fake, mean_real, mean_fake, 1.0, impl)
 
 
-def rals_g(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor) -> Tensor:
+def rals_g(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor, impl: Impl = "reference") -> Tensor:
     """L_G of paper section 3.4: the discriminator's roles exchanged."""
-    return rals(real, fake, mean_real, mean_fake, -1.0)
+    return rals(real, fake, mean_real, mean_fake, -1.0, impl)
 
 
 def bce_d(real: Tensor, fake: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ class SegaObjective:
 
     config: Config
     vgg19: Vgg19 | None
-    global_mean: Callable[[Tensor], Tensor]  # over the batch of all ranks, with gradient
+    global_means: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of two sides, over all ranks, with gradient
 
     @torch.no_grad()
     def targets(self, batch: Batch, is_warmup: bool) -> Targets:
@@ -69,7 +69,7 @@ class SegaObjective:
         real = _full(discriminator(batch.hr, targets.real, batch.noise.d_real))
         fake = _full(discriminator(sr, self._fake(targets, sr), batch.noise.d_fake))
         if self.config.loss.adv == "rals":
-            loss = losses.rals_d(real, fake, self.global_mean(real), self.global_mean(fake))
+            loss = losses.rals_d(real, fake, *self.global_means(real, fake), self.config.kernels)
         else:
             loss = losses.bce_d(real, fake)
         return loss, {"loss_d": loss.detach(), "d_real": real.detach().mean(), "d_fake": fake.detach().mean()}
@@ -106,7 +106,7 @@ class SegaObjective:
             fake = _full(discriminator(beside_fake, fake_semantics, batch.noise.d_fake))
             of_real, of_fake = real.new_zeros(()), real.new_zeros(())  # what a score is compared with
             if self.config.loss.adv == "rals":
-                of_real, of_fake = self.global_mean(fake), self.global_mean(real)
+                of_fake, of_real = self.global_means(real, fake)
             statistics[name] = torch.cat([real > of_real, fake < of_fake]).to(real.dtype).mean()
         return statistics
 
@@ -116,7 +116,7 @@ class SegaObjective:
             return losses.bce_g(fake)
         with torch.no_grad():
             real = _full(discriminator(batch.hr, targets.real, batch.noise.g_real))
-        return losses.rals_g(real, fake, self.global_mean(real), self.global_mean(fake))
+        return losses.rals_g(real, fake, *self.global_means(real, fake), self.config.kernels)
 
     def _fake(self, targets: Targets, sr: Tensor) -> Tensor | None:
         """The fake tuple's semantics: those of LR (paper), or of SR with gradient into the generator."""

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Decided when kernels are imported: without a GPU they run in Triton's interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+
 from sega_dist.data.shards import Manifest, open_manifest
 from sega_dist.data.synthetic import write_folder
 from sega_dist.shard import ShardCommand, shard

@@ -34,7 +34,7 @@ def test_generator_parameters(scale: int, expected: int):
 
 
 def test_block_parameters():
-    assert count(InternalDenseBlock(64, 0.2)) == 110_720
+    assert count(InternalDenseBlock(64)) == 110_720
     assert count(ResidualInternalDenseBlock(64, 0.2, 0.2)) == 479_808
     assert count(DenseNestedBlock(GeneratorConfig())) == 1_439_424
     generator = Generator(4, GeneratorConfig(), EVERY_BIAS)
@@ -94,13 +94,15 @@ def test_blocks_of_known_weights():
     torch.testing.assert_close(trunk(x), 2.6**4 * x)
 
 
-def test_internal_dense_block_is_its_equation():
-    block = InternalDenseBlock(4, 0.2).double()
-    x, r = torch.randn(2, 2, 4, 6, 6, dtype=torch.float64)
+def test_residual_block_is_its_equations():
+    block = ResidualInternalDenseBlock(4, 0.2, 0.3).double()
+    x = r = torch.randn(2, 4, 6, 6, dtype=torch.float64)
     lrelu = nn.LeakyReLU(0.2)
-    f1 = lrelu(block.conv1(x))
-    f2 = lrelu(block.conv2(torch.cat([x, f1], 1)))
-    torch.testing.assert_close(block(x, r), x + f1 + f2 + r, rtol=0, atol=0)
+    for inner in block.blocks:
+        f1 = lrelu(inner.conv1(x))
+        f2 = lrelu(inner.conv2(torch.cat([x, f1], 1)))
+        x = x + f1 + f2 + r
+    torch.testing.assert_close(block(r), r + 0.3 * block.conv(x), rtol=0, atol=0)
 
 
 def test_upsampling_starts_as_nearest():

@@ -26,7 +26,12 @@ def setting(config: Config) -> tuple[SegaObjective, nn.Module, Batch, Tensor]:
             nn.init.normal_(parameter, std=0.05)
     batch = Batch(torch.rand(4, 3, 16, 16), torch.rand(4, 3, 64, 64), Noise(*torch.rand(4, 4, NOISE)))
     sr = build_generator(config)(batch.lr)
-    return SegaObjective(config, vgg19, torch.mean), build_discriminator(config), batch, sr
+    return (
+        SegaObjective(config, vgg19, lambda real, fake: (real.mean(), fake.mean())),
+        build_discriminator(config),
+        batch,
+        sr,
+    )
 
 
 def test_sega_losses_are_the_papers_formulas():

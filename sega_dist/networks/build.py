@@ -12,7 +12,7 @@ VGG19_SEMANTICS = 512  # channels of the frozen encoder's embedding
 
 
 def build_generator(config: Config) -> Generator:
-    return Generator(config.scale, config.generator, config.norm)
+    return Generator(config.scale, config.generator, config.norm, config.kernels)
 
 
 def build_discriminator(config: Config) -> nn.Module:

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from sega_dist.config import GeneratorConfig, NormConfig
-from sega_dist.kernels.idb import idb
+from sega_dist.config import GeneratorConfig, Kernels, NormConfig
+from sega_dist.kernels.ridb import ridb
 from sega_dist.kernels.upconv_act import upconv_act
 from sega_dist.networks.initial import glorot_, icnr_
 
@@ -13,42 +13,34 @@ RIDBS = 3  # RIDBs in a dense nested block (paper figure 2)
 
 
 class InternalDenseBlock(nn.Module):
-    """IDB: two convolutions, the second reads the concatenation, and both add to the input."""
+    """The parameters of an IDB: two convolutions, the second reads the concatenation. A RIDB computes with them."""
 
-    def __init__(self, channels: int, slope: float):
+    def __init__(self, channels: int):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv2 = nn.Conv2d(2 * channels, channels, 3, padding=1)
-        self.slope = slope
-
-    def forward(self, x: Tensor, r: Tensor) -> Tensor:
-        one, two = self.conv1, self.conv2
-        assert one.bias is not None and two.bias is not None
-        return idb(x, r, one.weight, one.bias, two.weight, two.bias, self.slope)
 
 
 class ResidualInternalDenseBlock(nn.Module):
-    """RIDB: r + beta * Ct(four IDBs, each of which adds r)."""
+    """RIDB: r + beta * Ct(four IDBs, each of which adds r), as one op."""
 
-    def __init__(self, channels: int, slope: float, beta: float):
+    def __init__(self, channels: int, slope: float, beta: float, kernels: Kernels = "auto"):
         super().__init__()
-        self.blocks = nn.ModuleList(InternalDenseBlock(channels, slope) for _ in range(IDBS))
+        self.blocks = nn.ModuleList(InternalDenseBlock(channels) for _ in range(IDBS))
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.beta = beta
+        self.slope, self.beta, self.kernels = slope, beta, kernels
 
     def forward(self, r: Tensor) -> Tensor:
-        x = r
-        for block in self.blocks:
-            x = block(x, r)
-        return r + self.beta * self.conv(x)
+        parameters = [*self.blocks.parameters(), *self.conv.parameters()]  # filter, bias, filter, bias, ...
+        return ridb(r, parameters[::2], parameters[1::2], self.slope, self.beta, self.kernels)
 
 
 class DenseNestedBlock(nn.Module):
     """DNB: x + alpha * (three RIDBs in a row)."""
 
-    def __init__(self, config: GeneratorConfig):
+    def __init__(self, config: GeneratorConfig, kernels: Kernels = "auto"):
         super().__init__()
-        block = (config.channels, config.slope, config.beta)
+        block = (config.channels, config.slope, config.beta, kernels)
         self.blocks = nn.Sequential(*(ResidualInternalDenseBlock(*block) for _ in range(RIDBS)))
         self.alpha = config.alpha
 
@@ -59,14 +51,14 @@ class DenseNestedBlock(nn.Module):
 class UpsamplingStage(nn.Module):
     """One doubling: convolution, pixel shuffle, LeakyReLU; (N,C,h,w) -> (N,C,2h,2w)."""
 
-    def __init__(self, channels: int, slope: float):
+    def __init__(self, channels: int, slope: float, kernels: Kernels = "auto"):
         super().__init__()
         self.conv = nn.Conv2d(channels, 4 * channels, 3, padding=1)
-        self.slope = slope
+        self.slope, self.kernels = slope, kernels
 
     def forward(self, x: Tensor) -> Tensor:
         assert self.conv.bias is not None
-        return upconv_act(x, self.conv.weight, self.conv.bias, self.slope)
+        return upconv_act(x, self.conv.weight, self.conv.bias, self.slope, self.kernels)
 
 
 class Generator(nn.Module):
@@ -76,17 +68,17 @@ class Generator(nn.Module):
     the one long skip, upsampling (UM), 9x9 output convolution and tanh.
     """
 
-    def __init__(self, scale: int, config: GeneratorConfig, norm: NormConfig):
+    def __init__(self, scale: int, config: GeneratorConfig, norm: NormConfig, kernels: Kernels = "auto"):
         super().__init__()
         width, doublings = config.channels, scale.bit_length() - 1
         assert 2**doublings == scale
         self.shallow = nn.Conv2d(3, width, 9, padding=4)
-        self.trunk = nn.Sequential(*(DenseNestedBlock(config) for _ in range(config.nested_blocks)))
+        self.trunk = nn.Sequential(*(DenseNestedBlock(config, kernels) for _ in range(config.nested_blocks)))
         self.fusion = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1, bias=norm.conv_bias),
             nn.BatchNorm2d(width, norm.eps, norm.momentum),
         )
-        self.upsampling = nn.Sequential(*(UpsamplingStage(width, config.slope) for _ in range(doublings)))
+        self.upsampling = nn.Sequential(*(UpsamplingStage(width, config.slope, kernels) for _ in range(doublings)))
         self.output = nn.Conv2d(width, 3, 9, padding=4)
         glorot_(self)
         for stage in self.upsampling:

@@ -1,0 +1,141 @@
+"""Which implementation of an op runs, and with which launch parameters: decided from committed tables, never tuned."""
+
+import functools
+import json
+import logging
+import math
+import operator
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sega_dist.kernels import compat
+
+Impl = Literal["auto", "triton", "hybrid", "reference"]
+Entry = dict[str, Any]
+
+TABLES = Path(__file__).parent / "configs"
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+MOST = 2**31  # elements; kernels index with 32 bits
+
+log = logging.getLogger(__name__)
+
+
+def choose(impl: Impl, op: str, x: Tensor, slope: float = 0.0) -> Impl:
+    """`impl`, or for `auto` what the table of this GPU says for this shape; ValueError where `impl` cannot run.
+
+    x: the op's input (N,C,h,w), or rals' logits (N,1). Empty batches have nothing to fuse: they take the reference.
+    """
+    if impl == "reference":
+        return impl
+    # Plain integers: a compiled graph is specialised to the shape that the choice was made for.
+    return _choose(impl, op, [operator.index(n) for n in x.shape], x.dtype, x.device.type, slope)
+
+
+def plan(impl: Impl, shapes: dict[str, list[int]], dtype: torch.dtype, device: str, slope: float) -> dict[str, Impl]:
+    """What `choose` will answer for these ops' inputs; ValueError where it will refuse."""
+    return {op: _choose(impl, op, shape, dtype, device, slope) for op, shape in shapes.items()}
+
+
+@torch.compiler.assume_constant_result
+def _choose(impl: Impl, op: str, shape: list[int], dtype: torch.dtype, device: str, slope: float) -> Impl:
+    if impl == "reference" or math.prod(shape) == 0:
+        return "reference"
+    found = obstacle(op, shape, dtype, device, slope)
+    if impl != "auto":
+        if found:
+            raise ValueError(f"kernels={impl} cannot run {op}: {found}; use kernels=auto or kernels=reference")
+        return impl
+    chosen = "reference" if found else _measured_choice(op, shape, dtype)
+    _log_once(f"kernels=auto: {op} on {'x'.join(map(str, shape))} {dtype} on {device} takes {chosen}")
+    return chosen
+
+
+def obstacle(op: str, shape: Sequence[int], dtype: torch.dtype, device: str, slope: float) -> str | None:
+    """Why the kernels cannot run this, or None."""
+    if not compat.HAS_TRITON:
+        return "triton is not installed"
+    if device != "cuda" and not compat.IS_INTERPRETING:
+        return f"its tensors are on {device}, kernels need a GPU (or TRITON_INTERPRET=1, for tests)"
+    legal = [*DTYPES] if compat.IS_INTERPRETING else [*DTYPES][:3]
+    if dtype not in legal:
+        return f"its dtype is {dtype}, not one of {', '.join(DTYPES[one] for one in legal)}"
+    if op != "rals" and shape[1] % 16:
+        return f"{shape[1]} channels are not a multiple of 16"
+    widest = 4 if op == "upconv_act" else 2  # the upsampler's output; a block's concatenation
+    if math.prod(shape) * widest >= MOST:
+        return f"{math.prod(shape) * widest:,} elements are not below {MOST:,}"
+    if slope < 0:
+        return f"slope {slope} is below 0, the sign of an activation must tell that of its input"
+    return None
+
+
+def check_together(**tensors: Tensor | None) -> None:
+    """ValueError unless all tensors that are there share device and, weights in fp32 apart, dtype."""
+    there = {name: t for name, t in tensors.items() if t is not None}
+    first, x = next(iter(there.items()))
+    for name, t in there.items():
+        is_master = name.startswith(("weight", "bias")) and t.dtype == torch.float32
+        if t.device != x.device or (t.dtype != x.dtype and not is_master):
+            raise ValueError(f"{first} is {x.dtype} on {x.device}, but {name} is {t.dtype} on {t.device}")
+
+
+def autocast(x: Tensor) -> Tensor:
+    """`x` as autocast wants it: an op here casts weights by itself and returns their gradients in their own dtype."""
+    device = x.device.type
+    if device in ("cuda", "cpu") and x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def launch(kernel: str, widths: Sequence[int], dtype: torch.dtype, pixels: int) -> Entry:
+    """The launch parameters of `kernel` between `widths` channels on `pixels`: measured on this GPU, else start points.
+
+    Of the entries that fit, those of the nearest pixel count; blocks that do not divide the widths are halved.
+    """
+    if compat.IS_INTERPRETING:
+        entries, architecture = _table("interpreter"), 0
+    else:
+        entries, architecture = _table(_gpu()), torch.cuda.get_device_capability()[0] * 10
+        entries = entries or _table("start")
+    name = DTYPES[dtype]
+    fitting = [e for e in entries if e["kernel"] == kernel and name in e["dtypes"] and e.get("cc", 0) <= architecture]
+    if not fitting:
+        raise ValueError(f"no launch parameters for {kernel} in {name} on compute capability {architecture / 10}")
+    best = min(fitting, key=lambda e: (-e.get("cc", 0), abs(math.log(pixels / e.get("pixels", pixels)))))
+    return {key: _dividing(value, widths) if key in ("BN", "BK", "BC") else value
+            for key, value in best["parameters"].items()}  # fmt: skip
+
+
+def _dividing(block: int, widths: Sequence[int]) -> int:
+    """The largest power of two up to `block` that divides every width (multiples of 16)."""
+    return math.gcd(block, *widths)
+
+
+def _measured_choice(op: str, shape: Sequence[int], dtype: torch.dtype) -> Impl:
+    """What beat everything else on this GPU at the nearest shape; the reference where nobody measured."""
+    choices = [e for e in _table(_gpu(), "choices")
+               if (e["op"], e["channels"], e["dtype"]) == (op, shape[1], DTYPES[dtype])]  # fmt: skip
+    if not choices:
+        return "reference"
+    pixels = math.prod(shape) // shape[1]
+    return min(choices, key=lambda e: abs(math.log(pixels / e["pixels"])))["impl"]
+
+
+@functools.cache
+def _table(name: str, part: str = "launch") -> list[Entry]:
+    path = TABLES / f"{name}.json"
+    return json.loads(path.read_text())[part] if path.exists() else []
+
+
+def _gpu() -> str:
+    """`NVIDIA H200` -> `nvidia-h200`."""
+    return torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "none"
+
+
+@functools.cache
+def _log_once(line: str) -> None:
+    log.info(line)
