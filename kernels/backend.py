@@ -1,11 +1,12 @@
 """Which implementation of an op runs, and with which launch parameters: decided from committed tables, never tuned."""
 
+import contextlib
 import functools
 import json
 import logging
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,6 +23,7 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", 
 MOST = 2**31  # elements; kernels index with 32 bits
 
 log = logging.getLogger(__name__)
+_forced: dict[str, Entry] = {}
 
 
 def choose(impl: Impl, op: str, x: Tensor, slope: float = 0.0) -> Impl:
@@ -96,23 +98,31 @@ def launch(kernel: str, widths: Sequence[int], dtype: torch.dtype, pixels: int) 
 
     Of the entries that fit, those of the nearest pixel count; blocks that do not divide the widths are halved.
     """
+    parameters = _forced.get(kernel) or _entry(kernel, DTYPES[dtype], pixels)["parameters"]
+    return {key: math.gcd(value, *widths) if key in ("BN", "BK", "BC") else value for key, value in parameters.items()}
+
+
+@contextlib.contextmanager
+def forced(**parameters: Entry) -> Iterator[None]:
+    """Inside, kernels of these names are launched with these parameters: for sweeps and checks."""
+    before = dict(_forced)
+    _forced.update(parameters)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def _entry(kernel: str, dtype: str, pixels: int) -> Entry:
     if compat.IS_INTERPRETING:
         entries, architecture = _table("interpreter"), 0
     else:
-        entries, architecture = _table(_gpu()), torch.cuda.get_device_capability()[0] * 10
-        entries = entries or _table("start")
-    name = DTYPES[dtype]
-    fitting = [e for e in entries if e["kernel"] == kernel and name in e["dtypes"] and e.get("cc", 0) <= architecture]
+        entries, architecture = _table(_gpu()) or _table("start"), torch.cuda.get_device_capability()[0] * 10
+    fitting = [e for e in entries if e["kernel"] == kernel and dtype in e["dtypes"] and e.get("cc", 0) <= architecture]
     if not fitting:
-        raise ValueError(f"no launch parameters for {kernel} in {name} on compute capability {architecture / 10}")
-    best = min(fitting, key=lambda e: (-e.get("cc", 0), abs(math.log(pixels / e.get("pixels", pixels)))))
-    return {key: _dividing(value, widths) if key in ("BN", "BK", "BC") else value
-            for key, value in best["parameters"].items()}  # fmt: skip
-
-
-def _dividing(block: int, widths: Sequence[int]) -> int:
-    """The largest power of two up to `block` that divides every width (multiples of 16)."""
-    return math.gcd(block, *widths)
+        raise ValueError(f"no launch parameters for {kernel} in {dtype} on compute capability {architecture / 10}")
+    return min(fitting, key=lambda e: (-e.get("cc", 0), abs(math.log(pixels / e.get("pixels", pixels)))))
 
 
 def _measured_choice(op: str, shape: Sequence[int], dtype: torch.dtype) -> Impl:

@@ -104,7 +104,7 @@ def _act_grad(g0, g1, g2, y, mask, total, dz, partial, M, W, SLOPE: tl.constexpr
         value = tl.where(unpack_signs(words, BM, BN), value, value * SLOPE)
     elif y is not None:
         at = _place(m, n, W, C, True) if SHUFFLE else m[:, None] * ROWY + n[None, :]
-        value = tl.where(tl.load(y + at, mask=inside, other=0.0) > 0, value, value * SLOPE)
+        value = tl.where(tl.load(y + at, mask=inside, other=0.0).to(ACC) > 0, value, value * SLOPE)
     value *= SCALE
     tl.store(dz + dense, value.to(dz.dtype.element_ty), mask=inside)
     if partial is not None:
@@ -152,7 +152,10 @@ def run_act_grad(gradients: Sequence[Tensor], y: Tensor | None, mask: Tensor | N
 
 def nhwc(x: Tensor) -> Tensor:
     """Logical (N,C,h,w) as a dense (N,h,w,C) map; a copy unless it lies channels last."""
-    return x.permute(0, 2, 3, 1).contiguous()
+    rows = x.permute(0, 2, 3, 1).contiguous()
+    _, h, w, c = rows.shape
+    # A 1x1 map is dense whatever the strides of its sides say, and these are what the kernels are told.
+    return rows.as_strided(rows.shape, (h * w * c, w * c, c, 1))
 
 
 def nchw(x: Tensor) -> Tensor:

@@ -1,6 +1,10 @@
 """The one place that knows Triton's version: its import, its interpreter and its ahead-of-time compiler."""
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 try:
     import triton
@@ -35,28 +39,50 @@ def descriptor(x: Any, box: list[int]) -> Any:
     return TensorDescriptor(x, list(x.shape), list(x.stride()), box)
 
 
-def compile_ahead(kernel: Any, types: dict[str, str], constants: dict[str, Any], target: Any, options: dict[str, Any]
-                  ) -> Any:  # fmt: skip
-    """Compile `kernel` for `target` on a machine without it; `types` of run-time arguments, `constants` of the rest.
+@dataclass(frozen=True)
+class Launch:
+    """One launch as it would have been: what decides the machine code, without any tensor's values."""
 
-    Pointers and what strides maps (PLANE, TOTAL) are declared divisible by 16, as a launch finds them.
-    """
-    from triton.compiler import ASTSource
+    kernel: Any
+    types: dict[str, str]  # of run-time arguments
+    aligned: tuple[str, ...]  # those divisible by 16
+    constants: dict[str, Any]
+    options: dict[str, Any]  # num_warps, num_stages
 
-    names = kernel.arg_names
-    signature = {name: types.get(name, "constexpr") for name in names}
-    aligned = [
-        (index,)
-        for index, name in enumerate(names)
-        if signature[name][0] == "*" or (name in ("PLANE", "TOTAL") and name in types)
-    ]
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={path: [["tt.divisibility", 16]] for path in aligned},
-    )
-    return triton.compile(source, target=target, options=options)
+    def compile(self, architecture: str) -> Any:
+        """Triton's compiled kernel for `sm_90`, `gfx942`, ..., on a machine without one."""
+        from triton.compiler import ASTSource
+
+        names = self.kernel.arg_names
+        source = ASTSource(
+            fn=self.kernel,
+            signature={name: self.types.get(name, "constexpr") for name in names},
+            constexprs={(names.index(name),): value for name, value in self.constants.items()},
+            attrs={(names.index(name),): [["tt.divisibility", 16]] for name in self.aligned},
+        )
+        return triton.compile(
+            source, target=gpu_target(architecture), options=self.options | {"enable_fp_fusion": True}
+        )
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Inside, kernels are not launched but noted, so that ops may be run on meta tensors."""
+    launches: list[Launch] = []
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+        options = {name: value for name, value in kwargs.items() if name not in kernel.arg_names}
+        bound = kernel.signature.bind(*args, **{n: v for n, v in kwargs.items() if n in kernel.arg_names}).arguments
+        fixed = {p.name for p in kernel.params if p.is_constexpr}
+        constants = {name: value for name, value in bound.items() if name in fixed or value is None}
+        moving = {name: value for name, value in bound.items() if name not in constants}
+        types = {name: triton.runtime.jit.mangle_type(value) for name, value in moving.items()}
+        aligned = tuple(name for name, value in moving.items() if not isinstance(value, int) or value % 16 == 0)
+        aligned = tuple(name for name in aligned if not types[name].startswith("tensordesc"))
+        launches.append(Launch(kernel, types, aligned, constants, options))
+
+    with mock.patch.object(triton.runtime.jit.JITFunction, "run", record):
+        yield launches
 
 
 def gpu_target(architecture: str) -> Any:
@@ -66,3 +92,10 @@ def gpu_target(architecture: str) -> Any:
     if architecture.startswith("sm_"):
         return GPUTarget("cuda", int(architecture.removeprefix("sm_")), 32)
     return GPUTarget("hip", architecture, 64)
+
+
+def assembler(capability: int) -> str:
+    """The path of the ptxas that Triton uses for compute capability 80, 90, ..."""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    return str(get_ptxas(capability).path)

@@ -178,7 +178,7 @@ def _input_grad_kernel(z0, z1, box0, box1, w0, w1, g, past, planes, gx, dz, y, m
             words = tl.load(mask + pixel[:, None] * (CO // 16) + word[None, :], mask=inside, other=0)
             positive = unpack_signs(words, TH * TW, BN)
         else:
-            positive = tl.load(y + at, mask=inside, other=0.0) > 0
+            positive = tl.load(y + at, mask=inside, other=0.0).to(ACC) > 0
         tl.store(dz + at, tl.where(positive, acc, acc * SLOPE).to(dz.dtype.element_ty), mask=inside)
 
 

@@ -46,15 +46,20 @@ def _rals(real, fake, mean_real, mean_fake, loss, grad_real, grad_fake, N, M, SI
     tl.store(loss, tl.sum(total, 0))
 
 
-@torch.library.custom_op("sega_dist::rals", mutates_args=())
-def _forward(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor, sign: float
+def run_rals(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor, sign: float
              ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, its gradient to real, its gradient to fake)."""
+    """(loss, its gradient to real, its gradient to fake) from dense logits and scalar means."""
     loss = real.new_empty(())
     grad_real, grad_fake = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (real, fake))
     _rals[(1,)](real.contiguous(), fake.contiguous(), mean_real, mean_fake, loss, grad_real, grad_fake, real.numel(),
                 fake.numel(), sign, BLOCK, accumulator(real.dtype), num_warps=1)  # fmt: skip
     return loss, grad_real, grad_fake
+
+
+@torch.library.custom_op("sega_dist::rals", mutates_args=())
+def _forward(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor, sign: float
+             ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return run_rals(real, fake, mean_real, mean_fake, sign)
 
 
 @_forward.register_fake

@@ -79,7 +79,7 @@ def _run_weight_grad(r: Tensor, saved: Tensor, dzs: Tensor, g: Tensor, beta: flo
     return partial.sum(0)
 
 
-def _fused_forward(r: Tensor, w: Sequence[Tensor], biases: Sequence[Tensor], saved: Tensor, masks: Tensor | None,
+def run_forward_chain(r: Tensor, w: Sequence[Tensor], biases: Sequence[Tensor], saved: Tensor, masks: Tensor | None,
                    slope: float, beta: float) -> Tensor:  # fmt: skip
     x = r
     for q in range(len(w) // 2):
@@ -93,7 +93,7 @@ def _fused_forward(r: Tensor, w: Sequence[Tensor], biases: Sequence[Tensor], sav
     return y
 
 
-def _fused_backward(g: Tensor, r: Tensor, w: Sequence[Tensor], saved: Tensor, masks: Tensor, slope: float, beta: float
+def run_backward(g: Tensor, r: Tensor, w: Sequence[Tensor], saved: Tensor, masks: Tensor, slope: float, beta: float
                     ) -> tuple[Tensor, Tensor]:  # fmt: skip
     c, blocks = r.shape[-1], len(w) // 2
     gs, dzs = saved.new_empty(blocks, *r.shape), saved.new_empty(2 * blocks, *r.shape)
@@ -188,7 +188,7 @@ def _forward(r: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], slo
     rows, blocks = nhwc(r), len(weights) // 2
     saved = rows.new_empty(_planes(impl, blocks, is_kept), *rows.shape)
     masks = _masks(rows, blocks, is_kept)
-    forward = _fused_forward if impl == "triton" else _hybrid_forward
+    forward = run_forward_chain if impl == "triton" else _hybrid_forward
     y = forward(rows, packed(weights, r.dtype), biases, saved, masks if is_kept else None, slope, beta)
     return nchw(y), saved if is_kept else rows.new_empty(0), masks
 
@@ -210,7 +210,7 @@ def _masks(rows: Tensor, blocks: int, is_kept: bool) -> Tensor:
 def _backward(gy: Tensor, r: Tensor, weights: Sequence[Tensor], saved: Tensor, masks: Tensor, slope: float,
               beta: float, impl: str) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(gr, all filters' gradients [Co][tap][Ci] and then all biases', flat and in fp32 at least)."""
-    backward = _fused_backward if impl == "triton" else _hybrid_backward
+    backward = run_backward if impl == "triton" else _hybrid_backward
     gr, total = backward(nhwc(gy), nhwc(r), packed(weights, r.dtype), saved, masks, slope, beta)
     return nchw(gr), total
 

@@ -1,4 +1,4 @@
-"""The training loop: players, phases, clock, statistics and checkpoints; it knows nothing of any loss."""
+"""The training loop: clock, statistics and checkpoints; it knows nothing of any loss."""
 
 import json
 import math
@@ -21,21 +21,19 @@ from sega_dist.data import positions
 from sega_dist.data.images import RankPositions, Sample, ShardReader, TrainingImages, training_loader
 from sega_dist.data.pairs import make_pair, patches
 from sega_dist.data.shards import Manifest
-from sega_dist.distributed import Player, World
-from sega_dist.ema import Ema
+from sega_dist.distributed import World
 from sega_dist.errors import BAD_DATA, NON_FINITE, PREEMPTED, UserError
-from sega_dist.kernels import backend
-from sega_dist.networks.build import build_discriminator, build_generator, build_vgg19
+from sega_dist.networks.build import build_vgg19
 from sega_dist.networks.discriminator import NOISE
-from sega_dist.networks.generator import Generator
-from sega_dist.objectives import Batch, Noise, SegaObjective, Statistics
+from sega_dist.objectives import Batch, Noise
+from sega_dist.players import Players, plan_kernels
 from sega_dist.preview import Preview
 from sega_dist.stats import Report, Sums, memory_gb
 from sega_dist.weights import load_vgg19
 
 
 class Training:
-    """One run: players, clock and reports. The objective is asked for losses, the world for agreement."""
+    """One run: clock and reports. The players are asked for steps, the world for agreement."""
 
     def __init__(self, world: World, config: Config, manifest: Manifest, out: Path, vgg19: Path | None,
                  checkpoint: Checkpoint | None):  # fmt: skip
@@ -76,7 +74,8 @@ class Training:
         sums, waited, since, began = Sums(), 0.0, self.nimg, time.perf_counter()
         ranks = f"{self.world.size} x {self.world.device.type}, {train.precision}"
         self.report.say(f"{ranks}: from image {self.nimg:,} to {train.images:,} -> {self.out}")
-        self.report.say(f"kernels {self.config.kernels}: " + ", ".join(f"{op} {impl}" for op, impl in self.ops.items()))
+        ops = ", ".join(f"{op} {impl}" for op, impl in self.ops.items())
+        self.report.say(f"kernels {self.config.kernels}: {ops}")
         loader = self._loader()
         while self.nimg < train.images:
             start = time.perf_counter()
@@ -89,12 +88,13 @@ class Training:
             is_saving = last or self._crosses(train.checkpoint_kimg)
             is_grid = last or self._crosses(train.grid_kimg)
             is_tick = is_saving or is_grid or self._crosses(train.tick_kimg)
-            sums.add(self.step(batch, is_tick))
+            sums.add(self.players.step(batch, self.nimg, is_tick))
+            self.nimg += train.batch_size
             if is_tick:
                 spent = time.perf_counter() - began
                 entry = self._entry(sums, (self.nimg - since) / spent, waited / spent)
                 if is_grid:
-                    entry |= self.preview.show(self.report, self.snapshot_generator, self.nimg)
+                    entry |= self.preview.show(self.report, self.players.snapshot, self.nimg)
                 self.report.tick(entry)
                 if is_saving:
                     self.save()
@@ -105,72 +105,37 @@ class Training:
                 sys.exit(PREEMPTED)
         self.report.say(f"done: {self.out}")
 
-    def step(self, batch: Batch, is_tick: bool) -> Statistics:
-        """One update of both players: one generator forward, D phase, then G phase with D frozen."""
-        is_warmup = self.nimg < self.config.train.content_warmup_kimg * 1000 or self.discriminator is None
-        with self.world.autocast():
-            sr = self.generator.forward(batch.lr).to(self.world.dtype)  # (N,3,H,W) in [-1,1]
-            targets = self.objective.targets(batch, is_warmup)
-        statistics: Statistics = {}
-        if self.discriminator is None or is_warmup:
-            with self.world.autocast():
-                loss, statistics = self.objective.g_loss(None, batch, targets, sr)
-            self.generator.backward_and_step(loss)
-        else:
-            with self.world.autocast():
-                loss, statistics = self.objective.d_loss(self.discriminator.forward, batch, targets, sr.detach())
-            self.discriminator.backward_and_step(loss)
-            with self.discriminator.frozen() as frozen, self.world.autocast():
-                if is_tick:
-                    statistics |= self.objective.diagnose(frozen, batch, targets, sr.detach())
-                loss, of_generator = self.objective.g_loss(frozen, batch, targets, sr)
-                statistics |= of_generator
-            self.generator.backward_and_step(loss)
-        self.nimg += self.config.train.batch_size
-        if self.ema:
-            self.ema.update(self.config.train.batch_size, self.nimg)
-        return statistics
-
     def save(self) -> None:
         """A checkpoint and a snapshot at this position, of weights that are finite numbers."""
-        for name, player in (("generator", self.generator), ("discriminator", self.discriminator)):
+        for name, player in (("generator", self.players.generator), ("discriminator", self.players.discriminator)):
             if player and not player.is_finite():
                 self._refuse(f"a weight of the {name}")
         if self.world.is_main:
-            tensors = {"generator": self.generator.full_state()}
-            if self.discriminator:
-                tensors["discriminator"] = self.discriminator.full_state()
-            if self.ema:
-                tensors["ema"] = {name: t.cpu().contiguous() for name, t in self.ema.module.state_dict().items()}
+            tensors = {"generator": self.players.generator.full_state()}
+            if self.players.discriminator:
+                tensors["discriminator"] = self.players.discriminator.full_state()
+            if self.players.ema:
+                tensors["ema"] = {
+                    name: t.cpu().contiguous() for name, t in self.players.ema.module.state_dict().items()
+                }
             save_checkpoint(
                 self.out, self.nimg, self.config, self.manifest.digest, self.vgg19_digest, self.versions, tensors,
                 self.config.train.keep,
             )  # fmt: skip
-            save_snapshot(self.out, self.nimg, self.config, self.snapshot_generator)
+            save_snapshot(self.out, self.nimg, self.config, self.players.snapshot)
         self.world.barrier()
 
-    @property
-    def snapshot_generator(self) -> Generator:
-        """What users get: the averaged weights where there are any."""
-        module = self.ema.module if self.ema else self.generator.raw
-        assert isinstance(module, Generator)
-        return module
-
     def _build(self, vgg19: Path | None) -> None:
-        config, train = self.config, self.config.train
-        self.ops = plan_kernels(config, self.world)
-        torch.manual_seed(train.seed)
-        self.generator = Player(self.world, build_generator(config), train.learning_rate, train.betas)
-        self.discriminator = None
-        if config.has_discriminator:
-            self.discriminator = Player(self.world, build_discriminator(config), train.learning_rate, train.betas)
-        features, self.vgg19_digest = build_vgg19(config), None
+        try:
+            self.ops = plan_kernels(self.config, self.world)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        features, self.vgg19_digest = build_vgg19(self.config), None
         if features is not None:
             with self.world.local_main_first():
                 self.vgg19_digest = load_vgg19(features, vgg19)
-            self.world.place(features)
-        self.objective = SegaObjective(config, features, self.world.global_means)
-        self.ema = Ema(self.generator.raw, train.ema_kimg * 1000) if train.ema_kimg else None
+        torch.manual_seed(self.config.train.seed)
+        self.players = Players(self.world, self.config, features)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         if checkpoint.vgg19_digest != self.vgg19_digest:
@@ -179,11 +144,11 @@ class Training:
                 f" {str(self.vgg19_digest)[:12]}): give the same file by --vgg19"
             )
         try:
-            self.generator.load_full_state(checkpoint.tensors["generator"])
-            if self.discriminator:
-                self.discriminator.load_full_state(checkpoint.tensors["discriminator"])
-            if self.ema:
-                self.ema.module.load_state_dict(checkpoint.tensors["ema"])
+            self.players.generator.load_full_state(checkpoint.tensors["generator"])
+            if self.players.discriminator:
+                self.players.discriminator.load_full_state(checkpoint.tensors["discriminator"])
+            if self.players.ema:
+                self.players.ema.module.load_state_dict(checkpoint.tensors["ema"])
         except (KeyError, RuntimeError) as error:
             raise UserError(f"{checkpoint.folder} does not fit its configuration: {str(error)[:200]}") from None
 
@@ -232,20 +197,6 @@ class Training:
         if self.stop_signal:  # asked twice: do not wait for the step
             raise KeyboardInterrupt
         self.stop_signal = number
-
-
-def plan_kernels(config: Config, world: World) -> dict[str, backend.Impl]:
-    """Which implementation each fused op of this run will take; refuses what the configuration asks for in vain."""
-    count, side, channels = config.train.batch_size // world.size, config.lr_size, config.generator.channels
-    trunk = {op: [count, channels, side, side] for op in ("ridb", "upconv_act")}
-    logits = {"rals": [count, 1]} if config.has_discriminator and config.loss.adv == "rals" else {}
-    dtype, device = torch.bfloat16 if config.train.precision == "bf16" else world.dtype, world.device.type
-    wide = torch.float64 if world.dtype == torch.float64 else torch.float32
-    try:
-        of_trunk = backend.plan(config.kernels, trunk, dtype, device, config.generator.slope)
-        return of_trunk | backend.plan(config.kernels, logits, wide, device, 0.0)
-    except ValueError as error:
-        raise UserError(str(error)) from None
 
 
 def make_batch(images: Tensor, first: int, config: Config, dtype: torch.dtype) -> Batch:

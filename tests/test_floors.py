@@ -31,6 +31,7 @@ FLOORS: list[set[str]] = [
     {"distributed"},
     {"checkpoint", "ema", "stats", "weights"},
     {"preview"},
+    {"players"},
     {"loop"},
     {"shard", "train", "evaluate", "upscale", "describe", "synthetic"},
     {"cli"},

@@ -1,0 +1,73 @@
+"""Both players with what they minimise: one step of the game, apart from clock, data and reports."""
+
+import torch
+
+from sega_dist.config import Config
+from sega_dist.distributed import Player, World
+from sega_dist.ema import Ema
+from sega_dist.kernels import backend
+from sega_dist.networks.build import build_discriminator, build_generator
+from sega_dist.networks.generator import Generator
+from sega_dist.networks.vgg19 import Vgg19
+from sega_dist.objectives import Batch, SegaObjective, Statistics
+
+
+class Players:
+    """Generator, discriminator where there is one, their objective, and the average of the generator's weights.
+
+    `features` is VGG19 with its weights where the configuration uses it.
+    """
+
+    def __init__(self, world: World, config: Config, features: Vgg19 | None):
+        self.world, self.config, train = world, config, config.train
+        self.generator = Player(world, build_generator(config), train.learning_rate, train.betas)
+        self.discriminator = None
+        if config.has_discriminator:
+            self.discriminator = Player(world, build_discriminator(config), train.learning_rate, train.betas)
+        if features is not None:
+            world.place(features)
+        self.objective = SegaObjective(config, features, world.global_means)
+        self.ema = Ema(self.generator.raw, train.ema_kimg * 1000) if train.ema_kimg else None
+
+    def step(self, batch: Batch, nimg: int, is_tick: bool) -> Statistics:
+        """One update of both players at image `nimg`: one generator forward, D phase, then G phase with D frozen."""
+        is_warmup = nimg < self.config.train.content_warmup_kimg * 1000 or self.discriminator is None
+        with self.world.autocast():
+            sr = self.generator.forward(batch.lr).to(self.world.dtype)  # (N,3,H,W) in [-1,1]
+            targets = self.objective.targets(batch, is_warmup)
+        statistics: Statistics = {}
+        if self.discriminator is None or is_warmup:
+            with self.world.autocast():
+                loss, statistics = self.objective.g_loss(None, batch, targets, sr)
+            self.generator.backward_and_step(loss)
+        else:
+            with self.world.autocast():
+                loss, statistics = self.objective.d_loss(self.discriminator.forward, batch, targets, sr.detach())
+            self.discriminator.backward_and_step(loss)
+            with self.discriminator.frozen() as frozen, self.world.autocast():
+                if is_tick:
+                    statistics |= self.objective.diagnose(frozen, batch, targets, sr.detach())
+                loss, of_generator = self.objective.g_loss(frozen, batch, targets, sr)
+                statistics |= of_generator
+            self.generator.backward_and_step(loss)
+        if self.ema:
+            batch_size = self.config.train.batch_size
+            self.ema.update(batch_size, nimg + batch_size)
+        return statistics
+
+    @property
+    def snapshot(self) -> Generator:
+        """What users get: the averaged weights where there are any."""
+        module = self.ema.module if self.ema else self.generator.raw
+        assert isinstance(module, Generator)
+        return module
+
+
+def plan_kernels(config: Config, world: World) -> dict[str, backend.Impl]:
+    """Which implementation each fused op of a step will take; ValueError where the configuration asks in vain."""
+    count, side, channels = config.train.batch_size // world.size, config.lr_size, config.generator.channels
+    trunk = {op: [count, channels, side, side] for op in ("ridb", "upconv_act")}
+    logits = {"rals": [count, 1]} if config.has_discriminator and config.loss.adv == "rals" else {}
+    dtype, device = torch.bfloat16 if config.train.precision == "bf16" else world.dtype, world.device.type
+    of_trunk = backend.plan(config.kernels, trunk, dtype, device, config.generator.slope)
+    return of_trunk | backend.plan(config.kernels, logits, world.dtype, device, 0.0)
