@@ -17,6 +17,11 @@ COMMANDS = {
     ),
     "evaluate": ("sega_dist.evaluate", "main", "PSNR and SSIM of a snapshot, with bicubic beside it"),
     "upscale": ("sega_dist.upscale", "main", "super-resolve photographs"),
+    "bench kernels": (
+        "sega_dist.bench.kernels",
+        "main",
+        "time the fused kernels against eager torch and torch.compile",
+    ),
     "describe": ("sega_dist.describe", "main", "parameters, shapes and GFLOP of a preset"),
     "synthetic": ("sega_dist.synthetic", "main", "draw procedural faces to try all this with"),
 }
@@ -27,15 +32,17 @@ def main(argv: list[str] | None = None) -> None:
     if not words or words[0] in ("-h", "--help"):
         print("usage: sega-dist COMMAND ...   (sega-dist COMMAND --help lists its options)\n")
         for name, (_, _, purpose) in COMMANDS.items():
-            print(f"  {name:<10} {purpose}")
+            print(f"  {name:<14} {purpose}")
         return
     if words[0] == "--version":
         print(version("sega-dist"))
         return
-    if words[0] not in COMMANDS:
-        raise UserError(f"unknown command {words[0]!r}{closest(words[0], list(COMMANDS))}; sega-dist --help lists them")
-    module, function, _ = COMMANDS[words[0]]
-    getattr(importlib.import_module(module), function)(words[1:])
+    count = 2 if words[0] == "bench" else 1
+    name = " ".join(words[:count])
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name!r}{closest(name, list(COMMANDS))}; sega-dist --help lists them")
+    module, function, _ = COMMANDS[name]
+    getattr(importlib.import_module(module), function)(words[count:])
 
 
 def program() -> None:

@@ -33,7 +33,8 @@ FLOORS: list[set[str]] = [
     {"preview"},
     {"players"},
     {"loop"},
-    {"shard", "train", "evaluate", "upscale", "describe", "synthetic"},
+    {"bench.measure"},
+    {"shard", "train", "evaluate", "upscale", "describe", "synthetic", "bench.kernels"},
     {"cli"},
     {"__main__"},
 ]

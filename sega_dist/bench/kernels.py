@@ -1,0 +1,414 @@
+"""Fused kernels beside what torch does without them: `sega-dist bench kernels`.
+
+Each row is one (level, mode, shape, dtype, column, metric). Before a column is timed, the very callable that will be is
+compared with the reference in fp64; a column that fails has no time. Rows are kept as they come, so that a run that was
+stopped goes on.
+"""
+
+import csv
+import dataclasses
+import gc
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sega_dist.arguments import Device, parse
+from sega_dist.bench.measure import ceilings, chained, cold, provenance, quantiles
+from sega_dist.config import GeneratorConfig, Kernels, NormConfig
+from sega_dist.distributed import World
+from sega_dist.errors import UserError, run
+from sega_dist.kernels.conv3x3_act import conv3x3_act
+from sega_dist.kernels.idb import idb
+from sega_dist.kernels.rals import rals
+from sega_dist.loop import make_batch
+from sega_dist.networks.build import build_vgg19
+from sega_dist.networks.generator import DenseNestedBlock, Generator, ResidualInternalDenseBlock, UpsamplingStage
+from sega_dist.players import Players
+from sega_dist.presets import preset
+
+Level = Literal["conv64", "conv128", "block", "upconv", "rals", "ridb", "trunk", "generator", "step"]
+Column = Literal["eager_nchw", "eager", "compile", "compile_max", "compile_graphs", "hybrid", "triton"]
+Precision = Literal["bf16", "fp16", "fp32", "tf32"]
+Mode = Literal["forward", "both"]
+Row = dict[str, Any]
+
+LEVELS: tuple[Level, ...] = ("conv64", "conv128", "block", "upconv", "rals", "ridb", "trunk", "generator", "step")
+COLUMNS: tuple[Column, ...] = ("eager_nchw", "eager", "compile", "compile_max", "compile_graphs", "hybrid", "triton")
+BATCHES, SIDES = {"cuda": (8, 64), "cpu": (2,)}, {"cuda": (64, 32), "cpu": (16,)}
+MODES: tuple[Mode, ...] = ("forward", "both")
+COMPILE = {"compile": "default", "compile_max": "max-autotune-no-cudagraphs", "compile_graphs": "reduce-overhead"}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCE = {"bf16": 5e-3, "fp16": 1e-3, "tf32": 2e-3, "fp32": 1e-5}  # beside twice the error of torch's own path
+KEY = ("level", "mode", "batch", "side", "dtype", "column", "metric", "device")
+
+
+@dataclass(frozen=True)
+class KernelsCommand:
+    """Time the fused kernels against eager torch and torch.compile."""
+
+    out: Path = Path("runs/bench-kernels")  # rows.jsonl, kernels.csv, kernels.json, kernels.png
+    levels: tuple[Level, ...] = LEVELS  # what is timed, from one convolution to the whole generator
+    columns: tuple[Column, ...] = COLUMNS  # ways to compute it; eager, compile* and the fused ones are channels last
+    batch: tuple[int, ...] = ()  # images; default: 8 and 64 on a GPU, 2 on a CPU
+    side: tuple[int, ...] = ()  # of the LR maps; default: 64 (4x) and 32 (8x) on a GPU, 16 on a CPU
+    dtype: Precision | None = None  # default: bf16 on a GPU, fp32 on a CPU
+    device: Device = "auto"
+    minutes: float = 0  # start no new comparison after so long; 0 = no limit
+    again: bool = False  # time what has been timed already, too
+
+
+class Conv(nn.Module):
+    """The convolution of a dense block: one source of 64 channels, or two, then bias and LeakyReLU."""
+
+    def __init__(self, sources: int, impl: Kernels):
+        super().__init__()
+        self.conv, self.sources, self.impl = nn.Conv2d(64 * sources, 64, 3, padding=1), sources, impl
+
+    def forward(self, x: Tensor) -> Tensor:
+        second = x if self.sources == 2 else None
+        return conv3x3_act(x, second, self.conv.weight, self.conv.bias, None, 0.2, impl=self.impl)
+
+
+class Block(nn.Module):
+    """One internal dense block."""
+
+    def __init__(self, impl: Kernels):
+        super().__init__()
+        self.one, self.two, self.impl = nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(128, 64, 3, padding=1), impl
+
+    def forward(self, x: Tensor) -> Tensor:
+        one, two = self.one, self.two
+        assert one.bias is not None and two.bias is not None
+        return idb(x, x, one.weight, one.bias, two.weight, two.bias, 0.2, self.impl)
+
+
+class Rals(nn.Module):
+    """The discriminator's loss of real and fake logits."""
+
+    def __init__(self, impl: Kernels):
+        super().__init__()
+        self.impl = impl
+
+    def forward(self, x: Tensor) -> Tensor:
+        real, fake = x[:, :1].float(), x[:, 1:].float()
+        return rals(real, fake, real.mean(), fake.mean(), 1.0, self.impl)[None]
+
+
+BUILD: dict[Level, Callable[[Kernels], nn.Module]] = {
+    "conv64": lambda impl: Conv(1, impl),
+    "conv128": lambda impl: Conv(2, impl),
+    "block": Block,
+    "upconv": lambda impl: UpsamplingStage(64, 0.2, impl),
+    "rals": Rals,
+    "ridb": lambda impl: ResidualInternalDenseBlock(64, 0.2, 0.2, impl),
+    "trunk": lambda impl: nn.Sequential(*(DenseNestedBlock(GeneratorConfig(), impl) for _ in range(4))),
+    "generator": lambda impl: Generator(4, GeneratorConfig(), NormConfig(), impl),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What one comparison is about."""
+
+    level: Level
+    mode: Mode  # both: forward and backward
+    batch: int
+    side: int
+    dtype: Precision
+    device: str
+
+    def module(self, impl: Kernels) -> nn.Module:
+        torch.manual_seed(0)
+        return BUILD[self.level](impl).to(self.device)
+
+    def input(self) -> Tensor:
+        """LR-sized maps of 64 channels, or images for the generator, or pairs of logits."""
+        channels = {"generator": 3, "rals": 2}.get(self.level, 64)
+        shape = (self.batch, channels) if self.level == "rals" else (self.batch, channels, self.side, self.side)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(self.device)
+
+
+def main(argv: list[str] | None = None) -> None:
+    command = parse(KernelsCommand, argv or [], "sega-dist bench kernels")
+    bench(command)
+
+
+def bench(command: KernelsCommand) -> list[Row]:
+    """Every row of the command, timed now or before; writes the results and prints a table."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if command.device == "cuda" and device == "cpu":
+        raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
+    device = device if command.device == "auto" else command.device
+    dtype = command.dtype or ("bf16" if device == "cuda" else "fp32")
+    began, facts = time.monotonic(), provenance(device)
+    name = facts["device"]
+    command.out.mkdir(parents=True, exist_ok=True)
+    kept = command.out / "rows.jsonl"
+    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    known = {} if command.again else {key_of(row): row for row in rows}
+    if device == "cpu":
+        print("no GPU in use: the reference paths are timed on the CPU; hybrid and triton are not measured")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "fp32"
+    limits = ceilings(device, AUTOCAST.get(dtype, torch.float32))
+    sides, batches = command.side or SIDES[device], command.batch or BATCHES[device]
+    cases = [Case(level, mode, batch, side, dtype, device) for level in command.levels for side in sides
+             for batch in batches for mode in (MODES if level != "step" else MODES[1:])]  # fmt: skip
+    is_late = False
+    for case in cases:
+        # A step as it stands synchronises with the host and cannot be captured.
+        metrics = ("cold", "chained") if device == "cuda" and case.level != "step" else ("cold",)
+        wanted = [column for column in command.columns if can_run(case, column)]
+        missing = [column for column in wanted
+                   if any(key_of({**asdict(case), "column": column, "metric": m, "device": name}) not in known
+                          for m in metrics)]  # fmt: skip
+        is_late = is_late or bool(command.minutes and time.monotonic() - began > command.minutes * 60)
+        if not missing or is_late:
+            continue
+        for row in compare(case, missing, metrics, limits):
+            row |= {"device": name, "commit": facts["commit"]}
+            known[key_of(row)] = row
+            with kept.open("a") as stream:
+                stream.write(json.dumps(row) + "\n")
+            print(line(row), flush=True)
+    found = list(known.values())
+    write(command.out, found, facts | limits)
+    Console().print(table(found))
+    if is_late:
+        print(f"stopped after {command.minutes:g} minutes: not every comparison was made; the same command goes on")
+    return found
+
+
+def can_run(case: Case, column: Column) -> bool:
+    """Kernels need a GPU; a step lays itself out channels last and manages no graphs of the compiler's."""
+    if case.level == "step" and column in ("eager_nchw", "compile_graphs"):
+        return False
+    return case.device == "cuda" or column not in ("hybrid", "triton")
+
+
+def key_of(row: Row) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in KEY)
+
+
+def compare(case: Case, columns: list[Column], metrics: tuple[str, ...], limits: dict[str, float]) -> list[Row]:
+    """All columns of a case: checked, then timed in turn, forwards and backwards, so that drift meets all alike."""
+    exact, (flop, size) = truth(case), work(case)
+    own = callable_of(case, "eager")
+    of_torch = errors(own(), exact)
+    calls: dict[Column, Callable[[], list[Tensor]]] = {}
+    rows: list[Row] = []
+    times: dict[tuple[str, str], list[float]] = {(column, metric): [] for column in columns for metric in metrics}
+    found: dict[Column, Row] = {}
+    for column in columns:
+        torch._dynamo.reset()
+        try:
+            calls[column] = own if column == "eager" else callable_of(case, column)
+            of_column = of_torch if column == "eager" else errors(calls[column](), exact)
+            worst = max(of_column)
+            is_right = all(e <= 2 * t + TOLERANCE[case.dtype] for e, t in zip(of_column, of_torch, strict=True))
+            found[column] = {"error": worst, "error_eager": max(of_torch), "why": "" if is_right else "wrong"}
+        except Exception as error:  # whatever it is, the row says so and the others go on
+            found[column] = {"why": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
+    for turn in (columns, columns[::-1]):
+        for column in turn:
+            for metric in metrics:
+                if not found[column]["why"]:
+                    try:
+                        call = calls[column]
+                        times[column, metric] += chained(call) if metric == "chained" else cold(call, case.device)
+                    except Exception as error:
+                        found[column]["why"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+    floor = max(flop / limits["flop_per_s"], size / limits["bytes_per_s"]) * 1000
+    for column in columns:
+        for metric in metrics:
+            row = {**asdict(case), "column": column, "metric": metric, "gflop": flop / 1e9, "mbytes": size / 1e6,
+                   "floor_ms": floor, **found[column]}  # fmt: skip
+            if not row["why"]:
+                row |= quantiles(times[column, metric])
+                row |= {"roof_share": floor / row["median_ms"], "peak_mb": peak(case, calls[column])}
+            rows.append(row)
+    calls.clear()
+    gc.collect()
+    return rows
+
+
+def callable_of(case: Case, column: Column) -> Callable[[], list[Tensor]]:
+    """The computation of a column on its own module and input, ready to be called again and again."""
+    impl: Kernels = "hybrid" if column == "hybrid" else "triton" if column == "triton" else "reference"
+    if case.level == "step":
+        return step_of(case, impl, case.dtype, COMPILE.get(column))
+    module, x = case.module(impl), case.input()
+    if column != "eager_nchw" and x.dim() == 4:
+        module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        x = x.to(memory_format=torch.channels_last)
+    forward = torch.compile(module, mode=COMPILE[column]) if column in COMPILE else module
+    return lambda: outcome(case, forward, list(module.parameters()), x, AUTOCAST.get(case.dtype))
+
+
+def truth(case: Case) -> list[Tensor]:
+    """The same computation by the reference in fp64."""
+    if case.level == "step":
+        return step_of(case, "reference", "fp64", None)()
+    module = case.module("reference").double()
+    return outcome(case, module, list(module.parameters()), case.input().double(), None)
+
+
+def step_of(case: Case, impl: Kernels, precision: str, mode: str | None) -> Callable[[], list[Tensor]]:
+    """Training steps of sega_x4 (or x8, by the side) on random images: both losses, and the generator's gradients."""
+    base = preset("sega_x4" if case.side == 64 else "sega_x8")
+    base = dataclasses.replace(base, data=dataclasses.replace(base.data, size=case.side * base.scale), kernels=impl)
+    train = dataclasses.replace(base.train, batch_size=case.batch, precision=precision)  # type: ignore[arg-type]
+    config = dataclasses.replace(base, train=train)
+    world = World(precision, case.device)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    features = build_vgg19(config)
+    assert features is not None
+    for parameter in features.parameters():
+        nn.init.normal_(parameter, std=0.03)
+    players = Players(world, config, features)
+    assert players.discriminator is not None
+    if mode:
+        players.generator.raw.compile(mode=mode)
+        players.discriminator.raw.compile(mode=mode)
+    images = torch.randint(0, 256, (case.batch, 3, config.data.size, config.data.size), dtype=torch.uint8)
+    batch = make_batch(images.to(case.device), 0, config, world.dtype)
+
+    def call() -> list[Tensor]:
+        statistics = players.step(batch, 0, is_tick=False)
+        gradients = [p.grad for p in players.generator.raw.parameters() if p.grad is not None]
+        return [statistics["loss_d"], statistics["loss_g"], *gradients]
+
+    return call
+
+
+def outcome(case: Case, forward: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], x: Tensor,
+            dtype: torch.dtype | None) -> list[Tensor]:  # fmt: skip
+    """The output; in mode `both` the gradients of input and parameters as well, for a fixed gradient of the output."""
+    is_training = case.mode == "both"
+    x = x.detach().requires_grad_(is_training)
+    narrow = torch.autocast(case.device, dtype or torch.bfloat16, enabled=dtype is not None)
+    with narrow, torch.set_grad_enabled(is_training):
+        y = forward(x)
+    if not is_training:
+        return [y]
+    gradient = torch.linspace(-1, 1, y.shape[-1], device=y.device, dtype=y.dtype).expand_as(y)
+    return [y.detach(), *torch.autograd.grad(y, [x, *parameters], gradient)]
+
+
+def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Relative errors in the norm, of each tensor; infinite where a number is not finite."""
+    pairs = [(a.double(), b) for a, b in zip(found, exact, strict=True)]
+    raw = [float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs]
+    return [e if math.isfinite(e) else math.inf for e in raw]
+
+
+def work(case: Case) -> tuple[float, float]:
+    """FLOP, and the bytes that must move at the least: input, parameters and output once each way.
+
+    A backward does twice the work of its forward: one product for the input's gradient, one for the filter's.
+    """
+    if case.level == "step":  # an image at 4x from 64 pixels, and at 8x from 32
+        return case.batch * (385e9 if case.side == 64 else 278e9 * (case.side / 32) ** 2), 0.0
+    module = case.module("reference")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        y = module(case.input())
+    width = 2 if case.dtype in AUTOCAST else 4
+    size = (case.input().numel() + y.numel()) * width + sum(p.numel() for p in module.parameters()) * 4
+    is_training = case.mode == "both"
+    return counter.get_total_flops() * (3 if is_training else 1), size * (2 if is_training else 1)
+
+
+def peak(case: Case, call: Callable[[], list[Tensor]]) -> float | None:
+    """Megabytes that a call allocates at its highest, on a GPU."""
+    if case.device != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def line(row: Row) -> str:
+    what = f"{row['level']} {row['mode']} {row['batch']}x{row['side']} {row['dtype']} {row['column']} {row['metric']}"
+    if row["why"]:
+        return f"{what}: {row['why']}"
+    return (
+        f"{what}: {row['median_ms']:.3f} ms [{row['p20_ms']:.3f}, {row['p80_ms']:.3f}], {row['roof_share']:.0%} of roof"
+    )
+
+
+def table(rows: list[Row]) -> Table:
+    """Medians, a line a case, a column a way; chained times where there are any."""
+    metric = "chained" if any(row["metric"] == "chained" for row in rows) else "cold"
+    columns = [column for column in COLUMNS if any(row["column"] == column for row in rows)]
+    shown = Table(title=f"median ms ({metric}); roof: floor over the best")
+    for name in ("level", "mode", "batch", "side", *columns, "roof"):
+        shown.add_column(name, justify="left" if name in ("level", "mode") else "right")
+    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
+    for row in rows:
+        if row["metric"] == metric:
+            cases.setdefault(tuple(row[name] for name in KEY[:4]), {})[row["column"]] = row
+    for case, of_column in cases.items():
+        medians = {column: row.get("median_ms") for column, row in of_column.items()}
+        best = min((m for m in medians.values() if m), default=None)
+        cells = ["-" if not medians.get(c) else f"{medians[c]:.3f}" for c in columns]
+        roof = f"{next(iter(of_column.values()))['floor_ms'] / best:.0%}" if best else "-"
+        shown.add_row(*map(str, case), *cells, roof)
+    return shown
+
+
+def write(out: Path, rows: list[Row], facts: dict[str, Any]) -> None:
+    """The rows as CSV and, with where they come from, as JSON; a picture of them."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    with (out / "kernels.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    (out / "kernels.json").write_text(json.dumps({"provenance": facts, "rows": rows}, indent=1) + "\n")
+    if any("median_ms" in row for row in rows):
+        plot(out / "kernels.png", rows, facts)
+
+
+def plot(path: Path, rows: list[Row], facts: dict[str, Any]) -> None:
+    """Bars for each case and column, the middle 60 percent as whiskers, the roofline's floor as a line."""
+    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+
+    metric = "chained" if any(row["metric"] == "chained" for row in rows) else "cold"
+    timed = [row for row in rows if row["metric"] == metric and "median_ms" in row]
+    cases = list(dict.fromkeys(tuple(row[name] for name in KEY[:4]) for row in timed))
+    across = min(4, len(cases))
+    down = math.ceil(len(cases) / across)
+    figure = Figure(figsize=(3.6 * across, 2.7 * down), layout="constrained")
+    figure.suptitle(f"{facts['device']}, torch {facts['torch']}, {metric}: ms, dashed: roofline")
+    for axes, case in zip(figure.subplots(down, across, squeeze=False).flat, cases, strict=False):
+        these = [row for row in timed if tuple(row[name] for name in KEY[:4]) == case]
+        medians = [row["median_ms"] for row in these]
+        spread = [
+            [row["median_ms"] - row["p20_ms"] for row in these],
+            [row["p80_ms"] - row["median_ms"] for row in these],
+        ]
+        colours = [plt.get_cmap("tab10")(COLUMNS.index(row["column"])) for row in these]
+        axes.bar([row["column"] for row in these], medians, yerr=spread, color=colours)
+        axes.axhline(statistics.median(row["floor_ms"] for row in these), color="black", linestyle="--", linewidth=1)
+        axes.set_title(f"{case[0]} {case[1]}, {case[2]} x {case[3]}²", fontsize=9)
+        axes.tick_params(axis="x", rotation=40, labelsize=7)
+    for axes in list(figure.axes)[len(cases) :]:
+        axes.set_axis_off()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    run(main)
