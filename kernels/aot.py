@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,11 @@ def launches(dtype: torch.dtype, batch: int = 8, side: int = 64, channels: int =
     return list({repr(launch): launch for launch in found}.values())
 
 
-def tables(dtype: str, architecture: str) -> Iterator[dict[str, backend.Entry]]:
+def tables(dtype: str, architecture: str, names: Sequence[str] = ()) -> Iterator[dict[str, backend.Entry]]:
     """Every set of launch parameters in the committed tables that may be used on this chip: kernel -> parameters."""
     capability = int(architecture[3:]) if architecture.startswith("sm_") else 0
-    for path in sorted(backend.TABLES.glob("*.json")):
+    paths = [path for path in sorted(backend.TABLES.glob("*.json")) if not names or path.stem in names]
+    for path in paths:
         for entry in json.loads(path.read_text())["launch"]:
             fits = entry.get("cc", 0) <= capability and dtype in entry["dtypes"]
             if path.stem != "interpreter" and fits:
@@ -118,34 +119,35 @@ def _of_amd(compiled: Any) -> dict[str, Any]:
     return {"registers": registers, "spills": spilled, "serialised": False, "code": code}
 
 
-def report(architectures: list[str], dtypes: list[str]) -> list[dict[str, Any]]:
-    """A row for every kernel, chip, dtype and set of parameters."""
-    rows, seen = [], set()
+def report(architectures: list[str], dtypes: list[str], names: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
+    """A row for every kernel, chip, dtype and set of parameters in the tables of these names, or in all."""
+    seen = set()
     for architecture in architectures:
         for name in dtypes:
             # Kernels that an entry does not speak of are launched with the start points, seen once.
-            start = {kernel: p for table in reversed([*tables(name, architecture)]) for kernel, p in table.items()}
-            for parameters in tables(name, architecture):
+            start = {kernel: p for table in tables(name, architecture, ["start"]) for kernel, p in table.items()}
+            for parameters in tables(name, architecture, names):
                 with backend.forced(**start | parameters):
                     found = launches(DTYPES[name])
                 for launch in found:
                     if (key := (architecture, repr(launch))) not in seen:
                         seen.add(key)
-                        rows.append({"dtype": name, "parameters": parameters, **check(launch, architecture)})
-    return rows
+                        yield {"dtype": name, "parameters": parameters, **check(launch, architecture)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--arch", nargs="+", default=["sm_90"], choices=list(CHIPS))
     parser.add_argument("--dtype", nargs="+", default=["bf16"], choices=list(DTYPES))
+    parser.add_argument("--table", nargs="+", default=[], help="of kernels/configs; default: all")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
-    rows = report(arguments.arch, arguments.dtype)
-    for row in rows:
+    rows = []
+    for row in report(arguments.arch, arguments.dtype, arguments.table):
+        rows.append(row)
         faults = "; ".join(row["faults"]) or "ok"
         print(f"{row['arch']:7} {row['dtype']:5} {row['kernel']:22} {row['registers']:4} registers"
-              f" {row['shared']:7,} B shared {row['matrix']:3} matrix instructions  {faults}")  # fmt: skip
+              f" {row['shared']:7,} B shared {row['matrix']:3} matrix instructions  {faults}", flush=True)  # fmt: skip
     if arguments.json:
         arguments.json.write_text(json.dumps(rows, indent=1))
     sys.exit(any(row["faults"] for row in rows))

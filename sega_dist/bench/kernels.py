@@ -264,7 +264,10 @@ def truth(case: Case) -> list[Tensor]:
 
 
 def step_of(case: Case, impl: Kernels, precision: str, mode: str | None) -> Callable[[], list[Tensor]]:
-    """Training steps of sega_x4 (or x8, by the side) on random images: both losses, and the generator's gradients."""
+    """Training steps of sega_x4 (or x8, by the side) on random images: both losses, and the generator's gradient.
+
+    The gradient as one vector: through batch norm over a few samples single filters' gradients are mostly rounding.
+    """
     base = preset("sega_x4" if case.side == 64 else "sega_x8")
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, size=case.side * base.scale), kernels=impl)
     train = dataclasses.replace(base.train, batch_size=case.batch, precision=precision)  # type: ignore[arg-type]
@@ -285,8 +288,8 @@ def step_of(case: Case, impl: Kernels, precision: str, mode: str | None) -> Call
 
     def call() -> list[Tensor]:
         statistics = players.step(batch, 0, is_tick=False)
-        gradients = [p.grad for p in players.generator.raw.parameters() if p.grad is not None]
-        return [statistics["loss_d"], statistics["loss_g"], *gradients]
+        gradients = [p.grad.flatten() for p in players.generator.raw.parameters() if p.grad is not None]
+        return [statistics["loss_d"], statistics["loss_g"], torch.cat(gradients)]
 
     return call
 
