@@ -31,7 +31,12 @@ CHIPS = {
     "sm_100": (232_448, r"\bUTC\w*MMA"), "gfx942": (65_536, r"\bv_mfma"),
 }  # fmt: skip
 DTYPES = {name: dtype for dtype, name in backend.DTYPES.items() if dtype != torch.float64}
-PRODUCTS = ("_forward_kernel", "_input_grad_kernel", "_weight_grad_kernel")  # those that multiply matrices
+PRODUCTS = (
+    "conv3x3_forward",
+    "conv3x3_input_grad",
+    "conv3x3_weight_grad",
+    "ridb_weight_grad",
+)  # those that multiply matrices
 
 
 def launches(dtype: torch.dtype, batch: int = 8, side: int = 64, channels: int = 64) -> list[compat.Launch]:

@@ -118,7 +118,8 @@ def _entry(kernel: str, dtype: str, pixels: int) -> Entry:
     if compat.IS_INTERPRETING:
         entries, architecture = _table("interpreter"), 0
     else:
-        entries, architecture = _table(_gpu()) or _table("start"), torch.cuda.get_device_capability()[0] * 10
+        entries = _table(gpu_name()) or _table("start")
+        architecture = 0 if torch.version.hip else torch.cuda.get_device_capability()[0] * 10
     fitting = [e for e in entries if e["kernel"] == kernel and dtype in e["dtypes"] and e.get("cc", 0) <= architecture]
     if not fitting:
         raise ValueError(f"no launch parameters for {kernel} in {dtype} on compute capability {architecture / 10}")
@@ -127,7 +128,7 @@ def _entry(kernel: str, dtype: str, pixels: int) -> Entry:
 
 def _measured_choice(op: str, shape: Sequence[int], dtype: torch.dtype) -> Impl:
     """What beat everything else on this GPU at the nearest shape; the reference where nobody measured."""
-    choices = [e for e in _table(_gpu(), "choices")
+    choices = [e for e in _table(gpu_name(), "choices")
                if (e["op"], e["channels"], e["dtype"]) == (op, shape[1], DTYPES[dtype])]  # fmt: skip
     if not choices:
         return "reference"
@@ -141,9 +142,14 @@ def _table(name: str, part: str = "launch") -> list[Entry]:
     return json.loads(path.read_text())[part] if path.exists() else []
 
 
-def _gpu() -> str:
+def gpu_name() -> str:
     """`NVIDIA H200` -> `nvidia-h200`."""
     return torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "none"
+
+
+def forget() -> None:
+    """Read the tables anew."""
+    _table.cache_clear()
 
 
 @functools.cache

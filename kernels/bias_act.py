@@ -48,7 +48,7 @@ def _place(m, n, W, C: tl.constexpr, SHUFFLE: tl.constexpr):
 
 
 @jit
-def _bias_act(z, bias, a0, a1, a2, y, y2, mask, M, W, SLOPE: tl.constexpr, SCALE: tl.constexpr, C: tl.constexpr,
+def bias_act_epilogue(z, bias, a0, a1, a2, y, y2, mask, M, W, SLOPE: tl.constexpr, SCALE: tl.constexpr, C: tl.constexpr,
               ROWA: tl.constexpr, ROWB: tl.constexpr, ROWC: tl.constexpr, ROW: tl.constexpr, ROW2: tl.constexpr,
               SHUFFLE: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """ROW...: elements from one pixel's row to the next, of the addends and of y and y2; SHUFFLE concerns y alone."""
@@ -78,7 +78,7 @@ def _bias_act(z, bias, a0, a1, a2, y, y2, mask, M, W, SLOPE: tl.constexpr, SCALE
 
 
 @jit
-def _act_grad(g0, g1, g2, y, mask, total, dz, partial, M, W, SLOPE: tl.constexpr, SCALE: tl.constexpr, C: tl.constexpr,
+def act_grad(g0, g1, g2, y, mask, total, dz, partial, M, W, SLOPE: tl.constexpr, SCALE: tl.constexpr, C: tl.constexpr,
               ROW0: tl.constexpr, ROW1: tl.constexpr, ROW2: tl.constexpr, ROWY: tl.constexpr, SHUFFLE: tl.constexpr,
               BM: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """total = g0 + g1 + g2; dz = SCALE * total * lrelu'(sign by mask or y), and its column sums, one row a program.
@@ -128,7 +128,7 @@ def run_bias_act(z: Tensor, bias: Tensor | None, addends: Sequence[Tensor], y: T
     at = backend.launch("pointwise", [c], z.dtype, m)
     a0, a1, a2 = [*addends, None, None, None][:3]
     rows = [0 if t is None else t.stride(2) for t in (a0, a1, a2, y, y2)]
-    _bias_act[(-(-m // at["BM"]), c // at["BN"])](
+    bias_act_epilogue[(-(-m // at["BM"]), c // at["BN"])](
         z, bias, a0, a1, a2, y, y2, mask, m, z.shape[2], slope, scale, c, *rows, shuffle,
         ACC=accumulator(z.dtype), **at,
     )  # fmt: skip
@@ -143,7 +143,7 @@ def run_act_grad(gradients: Sequence[Tensor], y: Tensor | None, mask: Tensor | N
     partial = torch.empty(programs, c, dtype=wide(dz.dtype), device=dz.device)
     g0, g1, g2 = [*gradients, None, None][:3]
     rows = [0 if t is None else t.stride(2) for t in (g0, g1, g2, y)]
-    _act_grad[(programs, c // at["BN"])](
+    act_grad[(programs, c // at["BN"])](
         g0, g1, g2, y, mask, total, dz, partial, m, dz.shape[2], slope, scale, c, *rows, shuffle,
         ACC=accumulator(dz.dtype), **at,
     )  # fmt: skip

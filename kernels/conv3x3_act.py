@@ -85,7 +85,7 @@ def accumulate(acc, x, box_of_x, w, n, row0, column0, columns, H, W, C: tl.const
 
 
 @jit
-def _forward_kernel(x0, x1, box0, box1, w, bias, res, y, mask, H, W, SLOPE: tl.constexpr, SCALE: tl.constexpr,
+def conv3x3_forward(x0, x1, box0, box1, w, bias, res, y, mask, H, W, SLOPE: tl.constexpr, SCALE: tl.constexpr,
                     ADD: tl.constexpr, SHUFFLE: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, CO: tl.constexpr,
                     TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SWAP: tl.constexpr,
                     ACC: tl.constexpr, PREC: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
@@ -135,7 +135,7 @@ def _forward_kernel(x0, x1, box0, box1, w, bias, res, y, mask, H, W, SLOPE: tl.c
 
 
 @jit
-def _input_grad_kernel(z0, z1, box0, box1, w0, w1, g, past, planes, gx, dz, y, mask, H, W, PLANE, SLOPE: tl.constexpr,
+def conv3x3_input_grad(z0, z1, box0, box1, w0, w1, g, past, planes, gx, dz, y, mask, H, W, PLANE, SLOPE: tl.constexpr,
                        SCALE: tl.constexpr, PLANES: tl.constexpr, C0: tl.constexpr, C1: tl.constexpr, CI0: tl.constexpr,
                        CI1: tl.constexpr, CO: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BN: tl.constexpr,
                        BK: tl.constexpr, SWAP: tl.constexpr, ACC: tl.constexpr, PREC: tl.constexpr,
@@ -226,7 +226,7 @@ def weight_grad(x, z, partial, bias, has_bias, down, c0, n0, split, H, W, BOXES,
 
 
 @jit
-def _weight_grad_kernel(x, z, partial, bias, H, W, BOXES, TOTAL, ROW, TAP, FIRST: tl.constexpr, SCALE: tl.constexpr,
+def conv3x3_weight_grad(x, z, partial, bias, H, W, BOXES, TOTAL, ROW, TAP, FIRST: tl.constexpr, SCALE: tl.constexpr,
                         C: tl.constexpr, CO: tl.constexpr, SPLITS: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr,
                         BC: tl.constexpr, BN: tl.constexpr, ACC: tl.constexpr, PREC: tl.constexpr,
                         UPCAST: tl.constexpr):  # fmt: skip
@@ -264,7 +264,7 @@ def run_forward(x0: Tensor, x1: Tensor | None, w: Tensor, bias: Tensor | None, r
     narrow = co // 4 if shuffle else co
     at = backend.launch("conv3x3", [c0, narrow, *([c1] if c1 else [])], x0.dtype, x0.numel() // c0)
     tensor_maps = _descriptors([x0, x1], at)
-    _forward_kernel[(boxes(x0, at), co // at["BN"])](
+    conv3x3_forward[(boxes(x0, at), co // at["BN"])](
         x0, x1, *tensor_maps, w, bias, res, y, mask, x0.shape[1], x0.shape[2], slope, scale, add_sources, shuffle,
         c0, c1, co, **at, **numerics(x0.dtype),
     )  # fmt: skip
@@ -283,7 +283,7 @@ def run_input_grad(sources: Sequence[tuple[Tensor, Tensor]], past: Sequence[Tens
     c0, c1, c = z0.shape[-1], 0 if z1 is None else z1.shape[-1], w0.shape[-1]
     at = backend.launch("conv3x3", [c0, c, *([c1] if c1 else [])], z0.dtype, z0.numel() // c0)
     tensor_maps = _descriptors([z0, z1], at)
-    _input_grad_kernel[(boxes(z0, at), c // at["BN"])](
+    conv3x3_input_grad[(boxes(z0, at), c // at["BN"])](
         z0, z1, *tensor_maps, w0, w1, g, other, planes, gx, dz, y, mask, z0.shape[1], z0.shape[2],
         0 if planes is None else planes.stride(0), slope, scale, 0 if planes is None else len(planes),
         c0, c1, w0.stride(2), 0 if w1 is None else w1.stride(2), c, **at, **numerics(z0.dtype),
@@ -300,7 +300,7 @@ def run_weight_grad(sources: Sequence[Tensor], dz: Tensor, scale: float = 1.0) -
         at = backend.launch("weight_grad", [c, co], dz.dtype, dz.numel() // co)
         if partial is None:
             partial = torch.empty(at["SPLITS"], filters + co, dtype=wide(dz.dtype), device=dz.device)
-        _weight_grad_kernel[(3 * (c // at["BC"]) * (co // at["BN"]), at["SPLITS"])](
+        conv3x3_weight_grad[(3 * (c // at["BC"]) * (co // at["BN"]), at["SPLITS"])](
             x, dz, partial[:, first:], partial[:, filters:], dz.shape[1], dz.shape[2], boxes(dz, at), filters + co,
             9 * ci, ci, first == 0, scale, c, co, **at, **numerics(dz.dtype),
         )  # fmt: skip

@@ -28,8 +28,8 @@ def reference(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor, 
 
 
 @jit
-def _rals(real, fake, mean_real, mean_fake, loss, grad_real, grad_fake, N, M, SIGN: tl.constexpr, BLOCK: tl.constexpr,
-          ACC: tl.constexpr):  # fmt: skip
+def rals_both(real, fake, mean_real, mean_fake, loss, grad_real, grad_fake, N, M, SIGN: tl.constexpr,
+              BLOCK: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     m_r, m_f = tl.load(mean_real).to(ACC), tl.load(mean_fake).to(ACC)
     through = m_r - m_f - SIGN
     total = tl.zeros([BLOCK], dtype=ACC)
@@ -51,8 +51,8 @@ def run_rals(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor, s
     """(loss, its gradient to real, its gradient to fake) from dense logits and scalar means."""
     loss = real.new_empty(())
     grad_real, grad_fake = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (real, fake))
-    _rals[(1,)](real.contiguous(), fake.contiguous(), mean_real, mean_fake, loss, grad_real, grad_fake, real.numel(),
-                fake.numel(), sign, BLOCK, accumulator(real.dtype), num_warps=1)  # fmt: skip
+    rals_both[(1,)](real.contiguous(), fake.contiguous(), mean_real, mean_fake, loss, grad_real, grad_fake,
+                    real.numel(), fake.numel(), sign, BLOCK, accumulator(real.dtype), num_warps=1)  # fmt: skip
     return loss, grad_real, grad_fake
 
 

@@ -43,7 +43,7 @@ def reference(r: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], sl
 
 
 @jit
-def _weight_grad_kernel(r, saved, dzs, g, partial, H, W, BOXES, PLANE, TOTAL, BETA: tl.constexpr, Q: tl.constexpr,
+def ridb_weight_grad(r, saved, dzs, g, partial, H, W, BOXES, PLANE, TOTAL, BETA: tl.constexpr, Q: tl.constexpr,
                         C: tl.constexpr, SPLITS: tl.constexpr, TH: tl.constexpr, TW: tl.constexpr, BC: tl.constexpr,
                         BN: tl.constexpr, ACC: tl.constexpr, PREC: tl.constexpr, UPCAST: tl.constexpr):  # fmt: skip
     """All filters of a RIDB: 3 products a block (x with dz1, x with dz2, f1 with dz2), and x_Q with g.
@@ -72,7 +72,7 @@ def _run_weight_grad(r: Tensor, saved: Tensor, dzs: Tensor, g: Tensor, beta: flo
     at = backend.launch("weight_grad", [c], r.dtype, r.numel() // c)
     total = (27 * q + 9) * c * c + (2 * q + 1) * c
     partial = torch.empty(at["SPLITS"], total, dtype=wide(r.dtype), device=r.device)
-    _weight_grad_kernel[((3 * q + 1) * 3 * (c // at["BC"]) * (c // at["BN"]), at["SPLITS"])](
+    ridb_weight_grad[((3 * q + 1) * 3 * (c // at["BC"]) * (c // at["BN"]), at["SPLITS"])](
         r, saved, dzs, g, partial, r.shape[1], r.shape[2], boxes(r, at), r.numel(), total, beta, q, c, **at,
         **numerics(r.dtype),
     )  # fmt: skip

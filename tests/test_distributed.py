@@ -5,7 +5,9 @@ import os
 import socket
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
-from sega_dist.distributed import AllReduceSum, GlobalBatchNorm, Player, World
+from sega_dist.distributed import GlobalBatchNorm, Player, World
 from sega_dist.losses import rals_d, rals_g
 
 N, TIMEOUT = 12, timedelta(seconds=60)
@@ -75,19 +77,21 @@ def test_global_batch_norm_is_batch_norm_over_all_ranks(ranks: int, tmp_path: Pa
             torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
 
 
-def relativistic(rank: int, ranks: int, out: Path) -> None:
+def relativistic(rank: int, ranks: int, out: Path, impl: str) -> None:
     scores = torch.randn(2, N, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     real, fake = (s.chunk(ranks)[rank].clone().requires_grad_() for s in scores)
-    means = [AllReduceSum.apply(s.sum()) / N for s in (real, fake)]
-    loss = rals_d(real, fake, *means) + 3 * rals_g(real, fake, *means)
+    means = World.global_means(SimpleNamespace(size=ranks), real, fake)
+    loss = rals_d(real, fake, *means, impl) + 3 * rals_g(real, fake, *means, impl)
     gradients = torch.autograd.grad(loss, [real, fake])
     torch.save((loss.detach(), *gradients), out / f"{rank}.pt")
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("ranks", [2, 3])
-def test_relativistic_loss_and_gradient_are_those_of_the_global_batch(ranks: int, tmp_path: Path):
-    found = on_ranks(relativistic, ranks, tmp_path)
+def test_relativistic_loss_and_gradient_are_those_of_the_global_batch(ranks: int, impl: str, tmp_path: Path):
+    """By autograd through the global means, and by the kernel's closed form, which differentiates no collective."""
+    found = on_ranks(partial(relativistic, impl=impl), ranks, tmp_path)
     real, fake = torch.randn(2, N, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     real.requires_grad_(), fake.requires_grad_()
     means = real.mean(), fake.mean()

@@ -35,6 +35,7 @@ FLOORS: list[set[str]] = [
     {"loop"},
     {"bench.measure"},
     {"shard", "train", "evaluate", "upscale", "describe", "synthetic", "bench.kernels"},
+    {"bench.gpu"},
     {"cli"},
     {"__main__"},
 ]

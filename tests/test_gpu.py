@@ -1,17 +1,23 @@
-"""What only a GPU can show: training and scores there are those of the CPU."""
+"""What only a GPU can show: training and scores there are those of the CPU, and compiled kernels are right."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import SMALL, program
+from torch import Tensor
 
 from sega_dist import evaluate
+from sega_dist.bench.kernels import TOLERANCE, Case, callable_of, errors, truth
+from sega_dist.bench.measure import chained
 from sega_dist.checkpoint import save_snapshot
 from sega_dist.config import Config, DataConfig, GeneratorConfig
 from sega_dist.data.shards import Manifest
+from sega_dist.kernels import backend, conv3x3_act
 from sega_dist.networks.build import build_generator
+from sega_dist.networks.generator import ResidualInternalDenseBlock
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -50,3 +56,100 @@ def test_scores_are_the_cpus(manifest: Manifest, tmp_path: Path):
         found[device] = json.loads((out / "metrics.json").read_text())["methods"]
     for method in ("bicubic", "model"):
         assert found["cuda"][method] == pytest.approx(found["cpu"][method], abs=2e-3)
+
+
+# Kernels -----------------------------------------------------------------------------------------------------------
+
+
+def table_entries() -> list[tuple[str, dict[str, Any]]]:
+    """Every set of launch parameters in the committed tables that this chip may use, with its file's name."""
+    if not torch.cuda.is_available():
+        return []
+    capability = 0 if torch.version.hip else 10 * torch.cuda.get_device_capability()[0]
+    found = []
+    for path in sorted(backend.TABLES.glob("*.json")):
+        entries = [] if path.stem == "interpreter" else json.loads(path.read_text())["launch"]
+        found += [(f"{path.stem}-{i}", e) for i, e in enumerate(entries) if e.get("cc", 0) <= capability]
+    return found
+
+
+ENTRIES = table_entries()
+
+
+@pytest.mark.parametrize("entry", [e for _, e in ENTRIES], ids=[name for name, _ in ENTRIES])
+@pytest.mark.parametrize("shape", [(8, 32), (3, 17)])
+def test_every_table_entry_is_right(entry: dict[str, Any], shape: tuple[int, int]):
+    """Forward and every gradient of a RIDB and of an upsampling stage, against fp64, beside torch's own error."""
+    column = "hybrid" if entry["kernel"] == "pointwise" else "triton"
+    for dtype in entry["dtypes"]:
+        torch.backends.cudnn.allow_tf32 = False
+        for level in ("ridb", "upconv"):
+            case = Case(level, "both", *shape, dtype, "cuda")
+            exact = truth(case)
+            own = errors(callable_of(case, "eager")(), exact)
+            with backend.forced(**{entry["kernel"]: entry["parameters"]}):
+                mine = errors(callable_of(case, column)(), exact)
+            assert all(e <= 2 * t + TOLERANCE[dtype] for e, t in zip(mine, own, strict=True)), max(mine)
+
+
+@pytest.mark.parametrize("column", ["triton", "hybrid"])
+def test_a_hundred_repeats_give_the_same_bits(column: str):
+    """Races show as differences; and nothing is added in an order that changes."""
+    call = callable_of(Case("ridb", "both", 8, 64, "bf16", "cuda"), column)
+    torch.backends.cudnn.deterministic = True
+    first = call()
+    for _ in range(100):
+        assert all(torch.equal(a, b) for a, b in zip(first, call(), strict=True))
+
+
+def test_an_image_alone_is_that_image_in_a_batch():
+    block = ResidualInternalDenseBlock(64, 0.2, 0.2, "triton").cuda()
+    x = torch.randn(5, 64, 32, 32, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(block(x)[3:4], block(x[3:4]))
+
+
+@pytest.mark.parametrize("column", ["triton", "hybrid"])
+@pytest.mark.parametrize("level", ["ridb", "upconv", "rals"])
+def test_ops_live_in_cuda_graphs(level: str, column: str):
+    call = callable_of(Case(level, "both", 2, 16, "bf16", "cuda"), column)
+    assert min(chained(call)) > 0
+
+
+def test_ops_live_in_compiled_training():
+    """Inductor around the fused ops: the generator's losses fall as those of the reference do."""
+
+    def train(impl: str, is_compiled: bool) -> list[float]:
+        torch.manual_seed(0)
+        config = Config(generator=GeneratorConfig(channels=32, nested_blocks=1), kernels=impl)
+        generator = build_generator(config).cuda().to(memory_format=torch.channels_last)
+        if is_compiled:
+            generator.compile(fullgraph=True)
+        optimizer = torch.optim.Adam(generator.parameters(), 1e-3)
+        lr, hr = torch.randn(4, 3, 16, 16, device="cuda"), torch.rand(4, 3, 64, 64, device="cuda")
+        losses = []
+        for _ in range(30):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = (generator(lr).float() - hr).abs().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        return losses
+
+    reference = train("reference", False)
+    for impl in ("triton", "hybrid"):
+        assert train(impl, True) == pytest.approx(reference, rel=0.03)
+
+
+def test_index_arithmetic_near_the_limit_is_right_or_refused():
+    """The largest maps that pass are computed rightly at their far end; beyond, one clear error."""
+    side = 2048
+    x = torch.randn(1, 32, side, 4 * side, device="cuda", dtype=torch.bfloat16)  # 2**29 elements
+    weight: Tensor = torch.randn(32, 32, 3, 3, device="cuda") / 17
+    with torch.no_grad():
+        y = conv3x3_act.conv3x3_act(x, None, weight, None, impl="triton")
+        expected = torch.nn.functional.conv2d(x[..., -64:, -64:].float(), weight, padding=1)
+    assert torch.linalg.norm(y[..., -32:, -32:].float() - expected[..., -32:, -32:]) < 0.02 * expected.norm()
+    with pytest.raises(ValueError, match="not below 2,147,483,648"):
+        backend.plan("triton", {"ridb": [2, 32, 2 * side, 4 * side]}, torch.bfloat16, "cuda", 0.2)

@@ -48,6 +48,7 @@ COLUMNS: tuple[Column, ...] = ("eager_nchw", "eager", "compile", "compile_max", 
 BATCHES, SIDES = {"cuda": (8, 64), "cpu": (2,)}, {"cuda": (64, 32), "cpu": (16,)}
 MODES: tuple[Mode, ...] = ("forward", "both")
 COMPILE = {"compile": "default", "compile_max": "max-autotune-no-cudagraphs", "compile_graphs": "reduce-overhead"}
+CHANNELS_LAST = torch.channels_last
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"bf16": 5e-3, "fp16": 1e-3, "tf32": 2e-3, "fp32": 1e-5}  # beside twice the error of torch's own path
 KEY = ("level", "mode", "batch", "side", "dtype", "column", "metric", "device")
@@ -101,7 +102,7 @@ class Rals(nn.Module):
         self.impl = impl
 
     def forward(self, x: Tensor) -> Tensor:
-        real, fake = x[:, :1].float(), x[:, 1:].float()
+        real, fake = x[:, :1], x[:, 1:]
         return rals(real, fake, real.mean(), fake.mean(), 1.0, self.impl)[None]
 
 
@@ -132,11 +133,15 @@ class Case:
         torch.manual_seed(0)
         return BUILD[self.level](impl).to(self.device)
 
-    def input(self) -> Tensor:
-        """LR-sized maps of 64 channels, or images for the generator, or pairs of logits."""
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """Input (LR-sized maps of 64 channels, images for the generator, pairs of logits), and output's gradient."""
         channels = {"generator": 3, "rals": 2}.get(self.level, 64)
         shape = (self.batch, channels) if self.level == "rals" else (self.batch, channels, self.side, self.side)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(self.device)
+        with torch.device("meta"), torch.no_grad():
+            out = BUILD[self.level]("reference")(torch.empty(shape)).shape
+        draw = torch.Generator().manual_seed(1)
+        x, gradient = (torch.randn(s, generator=draw).to(self.device) for s in (shape, out))
+        return x, gradient if self.level == "rals" else gradient.to(AUTOCAST.get(self.dtype, torch.float32))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -247,12 +252,12 @@ def callable_of(case: Case, column: Column) -> Callable[[], list[Tensor]]:
     impl: Kernels = "hybrid" if column == "hybrid" else "triton" if column == "triton" else "reference"
     if case.level == "step":
         return step_of(case, impl, case.dtype, COMPILE.get(column))
-    module, x = case.module(impl), case.input()
-    if column != "eager_nchw" and x.dim() == 4:
+    module, tensors = case.module(impl), case.tensors()
+    if column != "eager_nchw" and case.level != "rals":
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        x = x.to(memory_format=torch.channels_last)
+        tensors = tensors[0].to(memory_format=CHANNELS_LAST), tensors[1].to(memory_format=CHANNELS_LAST)
     forward = torch.compile(module, mode=COMPILE[column]) if column in COMPILE else module
-    return lambda: outcome(case, forward, list(module.parameters()), x, AUTOCAST.get(case.dtype))
+    return lambda: outcome(case, forward, list(module.parameters()), tensors, AUTOCAST.get(case.dtype))
 
 
 def truth(case: Case) -> list[Tensor]:
@@ -260,7 +265,8 @@ def truth(case: Case) -> list[Tensor]:
     if case.level == "step":
         return step_of(case, "reference", "fp64", None)()
     module = case.module("reference").double()
-    return outcome(case, module, list(module.parameters()), case.input().double(), None)
+    x, gradient = case.tensors()
+    return outcome(case, module, list(module.parameters()), (x.double(), gradient.double()), None)
 
 
 def step_of(case: Case, impl: Kernels, precision: str, mode: str | None) -> Callable[[], list[Tensor]]:
@@ -294,17 +300,16 @@ def step_of(case: Case, impl: Kernels, precision: str, mode: str | None) -> Call
     return call
 
 
-def outcome(case: Case, forward: Callable[[Tensor], Tensor], parameters: list[nn.Parameter], x: Tensor,
-            dtype: torch.dtype | None) -> list[Tensor]:  # fmt: skip
-    """The output; in mode `both` the gradients of input and parameters as well, for a fixed gradient of the output."""
-    is_training = case.mode == "both"
+def outcome(case: Case, forward: Callable[[Tensor], Tensor], parameters: list[nn.Parameter],
+            tensors: tuple[Tensor, Tensor], dtype: torch.dtype | None) -> list[Tensor]:  # fmt: skip
+    """The output; in mode `both` the gradients of input and parameters as well."""
+    is_training, (x, gradient) = case.mode == "both", tensors
     x = x.detach().requires_grad_(is_training)
     narrow = torch.autocast(case.device, dtype or torch.bfloat16, enabled=dtype is not None)
     with narrow, torch.set_grad_enabled(is_training):
         y = forward(x)
     if not is_training:
         return [y]
-    gradient = torch.linspace(-1, 1, y.shape[-1], device=y.device, dtype=y.dtype).expand_as(y)
     return [y.detach(), *torch.autograd.grad(y, [x, *parameters], gradient)]
 
 
@@ -322,11 +327,11 @@ def work(case: Case) -> tuple[float, float]:
     """
     if case.level == "step":  # an image at 4x from 64 pixels, and at 8x from 32
         return case.batch * (385e9 if case.side == 64 else 278e9 * (case.side / 32) ** 2), 0.0
-    module = case.module("reference")
+    module, tensors = case.module("reference"), case.tensors()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        y = module(case.input())
+        module(tensors[0])
     width = 2 if case.dtype in AUTOCAST else 4
-    size = (case.input().numel() + y.numel()) * width + sum(p.numel() for p in module.parameters()) * 4
+    size = sum(t.numel() for t in tensors) * width + sum(p.numel() for p in module.parameters()) * 4
     is_training = case.mode == "both"
     return counter.get_total_flops() * (3 if is_training else 1), size * (2 if is_training else 1)
 
