@@ -20,6 +20,7 @@ Entry = dict[str, Any]
 
 TABLES = Path(__file__).parent / "configs"
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
+OPTIONS = {"enable_fp_fusion": True}  # Triton's default has changed between versions: results should not
 MOST = 2**31  # elements; kernels index with 32 bits
 
 log = logging.getLogger(__name__)
@@ -98,8 +99,9 @@ def launch(kernel: str, widths: Sequence[int], dtype: torch.dtype, pixels: int) 
 
     Of the entries that fit, those of the nearest pixel count; blocks that do not divide the widths are halved.
     """
-    parameters = _forced.get(kernel) or _entry(kernel, DTYPES[dtype], pixels)["parameters"]
-    return {key: math.gcd(value, *widths) if key in ("BN", "BK", "BC") else value for key, value in parameters.items()}
+    if kernel in _forced:
+        return _fitted(_forced[kernel], widths)
+    return dict(_launch(kernel, tuple(widths), DTYPES[dtype], pixels))
 
 
 @contextlib.contextmanager
@@ -112,6 +114,17 @@ def forced(**parameters: Entry) -> Iterator[None]:
     finally:
         _forced.clear()
         _forced.update(before)
+
+
+@functools.cache
+def _launch(kernel: str, widths: tuple[int, ...], dtype: str, pixels: int) -> Entry:
+    return _fitted(_entry(kernel, dtype, pixels)["parameters"], widths)
+
+
+def _fitted(parameters: Entry, widths: Sequence[int]) -> Entry:
+    blocks = ("BN", "BK", "BC")
+    fitted = {key: math.gcd(value, *widths) if key in blocks else value for key, value in parameters.items()}
+    return fitted | OPTIONS
 
 
 def _entry(kernel: str, dtype: str, pixels: int) -> Entry:
@@ -150,6 +163,7 @@ def gpu_name() -> str:
 def forget() -> None:
     """Read the tables anew."""
     _table.cache_clear()
+    _launch.cache_clear()
 
 
 @functools.cache

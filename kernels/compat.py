@@ -60,9 +60,7 @@ class Launch:
             constexprs={(names.index(name),): value for name, value in self.constants.items()},
             attrs={(names.index(name),): [["tt.divisibility", 16]] for name in self.aligned},
         )
-        return triton.compile(
-            source, target=gpu_target(architecture), options=self.options | {"enable_fp_fusion": True}
-        )
+        return triton.compile(source, target=gpu_target(architecture), options=self.options)
 
 
 @contextlib.contextmanager

@@ -52,7 +52,8 @@ def run_rals(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor, s
     loss = real.new_empty(())
     grad_real, grad_fake = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (real, fake))
     rals_both[(1,)](real.contiguous(), fake.contiguous(), mean_real, mean_fake, loss, grad_real, grad_fake,
-                    real.numel(), fake.numel(), sign, BLOCK, accumulator(real.dtype), num_warps=1)  # fmt: skip
+                    real.numel(), fake.numel(), sign, BLOCK, accumulator(real.dtype), num_warps=1,
+                    **backend.OPTIONS)  # fmt: skip
     return loss, grad_real, grad_fake
 
 

@@ -10,6 +10,7 @@ import torch
 
 # Decided when kernels are imported: without a GPU they run in Triton's interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask for on a GPU
 
 from sega_dist.data.shards import Manifest, open_manifest
 from sega_dist.data.synthetic import write_folder

@@ -1,5 +1,6 @@
 """Benchmarks: nothing wrong is timed, nothing is timed twice, and what auto takes follows from the figures."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -134,21 +135,25 @@ def test_launch_parameters_follow_chip_dtype_and_shape(monkeypatch: pytest.Monke
                for pixels, warps in ((1024, 4), (65536, 8))]  # fmt: skip
     entries.append({"kernel": "conv3x3", "cc": 90, "dtypes": ["fp16"], "parameters": {"BN": 64, "num_warps": 2}})
     entries.append({"kernel": "conv3x3", "dtypes": ["fp16"], "parameters": {"BN": 64, "num_warps": 1}})
-    monkeypatch.setattr(backend, "_table", lambda name, part="launch": entries)
+    monkeypatch.setattr(backend, "_table", functools.cache(lambda name, part="launch": entries))
     monkeypatch.setattr(compat, "IS_INTERPRETING", False)
     capability = (9, 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(backend, "OPTIONS", {})
+    backend.forget()
     find = backend.launch
     assert find("conv3x3", [64, 64], torch.bfloat16, 900)["num_warps"] == 4
     assert find("conv3x3", [64, 48], torch.bfloat16, 30_000) == {"BN": 16, "num_warps": 8}
     assert find("conv3x3", [32], torch.float16, 900) == {"BN": 32, "num_warps": 2}
     capability = (8, 9)
+    backend.forget()
     assert find("conv3x3", [64], torch.float16, 900)["num_warps"] == 1
     with pytest.raises(ValueError, match="conv3x3 in fp32"):
         find("conv3x3", [64], torch.float32, 900)
     with backend.forced(conv3x3={"BN": 128}):
         assert find("conv3x3", [64], torch.float32, 900) == {"BN": 64}
+    backend.forget()
 
 
 def test_quantiles():

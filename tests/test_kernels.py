@@ -507,13 +507,14 @@ def test_auto_without_a_measurement_is_the_reference():
 
 
 def test_auto_takes_what_the_table_of_this_gpu_measured(monkeypatch: pytest.MonkeyPatch):
-    rows = [{"op": "ridb", "channels": 16, "dtype": "fp64", "pixels": pixels, "impl": impl}
+    dtype = backend.DTYPES[WIDEST]
+    rows = [{"op": "ridb", "channels": 16, "dtype": dtype, "pixels": pixels, "impl": impl}
             for pixels, impl in ((16, "hybrid"), (4096, "triton"))]  # fmt: skip
     monkeypatch.setattr(backend, "_table", lambda name, part="launch": rows)
-    wide, narrow = torch.empty(1, 16, 64, 64, dtype=torch.float64), torch.empty(1, 16, 2, 8, dtype=torch.float64)
+    wide, narrow = (torch.empty(1, 16, *size, dtype=WIDEST, device=DEVICE) for size in ((64, 64), (2, 8)))
     assert backend.choose("auto", "ridb", wide) == "triton"
     assert backend.choose("auto", "ridb", narrow) == "hybrid"
-    assert backend.choose("auto", "ridb", wide.float()) == "reference"
+    assert backend.choose("auto", "ridb", wide.half()) == "reference"
     assert backend.choose("auto", "upconv_act", wide) == "reference"
 
 

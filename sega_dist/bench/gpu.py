@@ -22,7 +22,20 @@ from typing import Any
 import torch
 
 from sega_dist.arguments import parse
-from sega_dist.bench.kernels import Case, Column, KernelsCommand, Level, Row, bench, callable_of, errors, truth
+from sega_dist.bench.kernels import (
+    COLUMNS,
+    MODES,
+    Case,
+    Column,
+    KernelsCommand,
+    Level,
+    Mode,
+    Row,
+    bench,
+    callable_of,
+    errors,
+    truth,
+)  # fmt: skip
 from sega_dist.bench.measure import ceilings, chained, cold, provenance
 from sega_dist.errors import UserError, run
 from sega_dist.kernels import backend, compat
@@ -147,16 +160,8 @@ def compile_all() -> dict[str, Any]:
 
 def tests() -> dict[str, Any]:
     """The kernel and GPU tests, compiled; their verdict and the end of what they said."""
-    words = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "tests/test_kernels.py",
-        "tests/test_gpu.py",
-    ]
+    words = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider",
+             "tests/test_kernels.py", "tests/test_gpu.py"]  # fmt: skip
     if importlib.util.find_spec("xdist"):
         words += ["-n", str(min(8, os.cpu_count() or 1))]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
@@ -240,14 +245,19 @@ def measure(command: GpuCommand, minutes: float) -> list[Row]:
         return bench(replace(base, levels=("rals", "conv64"), columns=("eager_nchw", "eager"), side=(4,)))
     began, rows = time.monotonic(), []
     few: tuple[Column, ...] = ("eager", "compile", "compile_max", "hybrid", "triton")
-    fewer: tuple[Column, ...] = ("eager", "compile", "hybrid", "triton")
-    plan: list[tuple[tuple[Level, ...], tuple[Column, ...]]] = [
-        (("ridb", "upconv", "rals"), few), (("trunk",), few), (("generator", "step"), fewer),
-        (("block", "conv64", "conv128"), ("eager_nchw", *few)),
-    ]  # fmt: skip
-    for levels, columns in plan:
+    plain: tuple[Column, ...] = ("eager", "hybrid", "triton")
+    both: tuple[Mode, ...] = ("both",)
+    at = replace(base, columns=few, modes=both)
+    plan = [
+        replace(at, levels=("ridb", "upconv", "rals")),  # what auto is decided by
+        *(replace(at, levels=("trunk",), batch=(n,), side=(side,)) for n, side in SHAPES[:2]),  # the figures to reach
+        replace(at, levels=("generator", "step"), columns=plain),
+        replace(at, levels=("trunk", "ridb"), modes=MODES),
+        replace(at, levels=("block", "conv64", "conv128", "upconv", "generator"), modes=MODES, columns=COLUMNS),
+    ]
+    for command_of_level in plan:
         left = minutes - (time.monotonic() - began) / 60
-        rows = bench(replace(base, levels=levels, columns=columns, minutes=max(left, 0.01)))
+        rows = bench(replace(command_of_level, minutes=max(left, 0.01)))
     return rows
 
 

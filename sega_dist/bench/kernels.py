@@ -60,6 +60,7 @@ class KernelsCommand:
 
     out: Path = Path("runs/bench-kernels")  # rows.jsonl, kernels.csv, kernels.json, kernels.png
     levels: tuple[Level, ...] = LEVELS  # what is timed, from one convolution to the whole generator
+    modes: tuple[Mode, ...] = MODES  # forward; forward and backward
     columns: tuple[Column, ...] = COLUMNS  # ways to compute it; eager, compile* and the fused ones are channels last
     batch: tuple[int, ...] = ()  # images; default: 8 and 64 on a GPU, 2 on a CPU
     side: tuple[int, ...] = ()  # of the LR maps; default: 64 (4x) and 32 (8x) on a GPU, 16 on a CPU
@@ -168,7 +169,7 @@ def bench(command: KernelsCommand) -> list[Row]:
     limits = ceilings(device, AUTOCAST.get(dtype, torch.float32))
     sides, batches = command.side or SIDES[device], command.batch or BATCHES[device]
     cases = [Case(level, mode, batch, side, dtype, device) for level in command.levels for side in sides
-             for batch in batches for mode in (MODES if level != "step" else MODES[1:])]  # fmt: skip
+             for batch in batches for mode in command.modes if level != "step" or mode == "both"]  # fmt: skip
     is_late = False
     for case in cases:
         # A step as it stands synchronises with the host and cannot be captured.
