@@ -15,13 +15,20 @@ else
 LAUNCH := $(BIN)/accelerate launch --config_file launchers/accelerate/gpu.yaml --num_processes $(GPUS) -m sega_dist.train
 endif
 
-.PHONY: help demo test test-all lint clean
+# make gpu on a machine without network: its own python, and a folder of packages that it lacks.
+GPU_PYTHON ?= $(BIN)/python
+SITE ?=
+OUT ?= runs/gpu
+
+.PHONY: help demo test test-all soak gpu lint clean
 
 help:
 	@echo "make demo            shards, trains, evaluates and upscales procedural faces in a few minutes"
 	@echo "make demo DATA=Z     the same on a folder or a zip of faces"
 	@echo "make test            the tests that take seconds each; make test-all adds the slow ones"
 	@echo "make lint            ruff and mypy"
+	@echo "make gpu             checks, tunes and times the kernels on this machine's GPU, in under ten minutes"
+	@echo "make soak            the kernels' tests on the oldest Triton, and every kernel compiled for every chip"
 
 $(BIN)/.program: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -54,10 +61,25 @@ test: $(BIN)/.dev
 test-all: $(BIN)/.dev
 	$(BIN)/python -m pytest
 
+soak: $(BIN)/.soak
+	$(SOAK)/python -m pytest -p no:cacheprovider tests/test_kernels.py
+	TRITON_INTERPRET=0 $(SOAK)/python -m sega_dist.kernels.aot --arch sm_80 sm_89 sm_90 sm_100 gfx942 --dtype bf16 fp16 fp32
+	TRITON_INTERPRET=0 $(BIN)/python -m sega_dist.kernels.aot --arch sm_80 sm_89 sm_90 sm_100 gfx942 --dtype bf16 fp16 fp32
+
+# Triton 3.6 is the oldest that is supported; its interpreter wants a numpy before 2.4.
+SOAK := .venv-soak/bin
+$(BIN)/.soak: $(BIN)/.dev
+	$(PYTHON) -m venv .venv-soak
+	$(SOAK)/python -m pip install --quiet --disable-pip-version-check -c constraints-soak.txt -e '.[dev]'
+	touch $@
+
+gpu: $(if $(findstring $(BIN),$(GPU_PYTHON)),$(BIN)/.dev)
+	PYTHONPATH=$(SITE):$(CURDIR) TRITON_INTERPRET=0 $(GPU_PYTHON) -m sega_dist.bench.gpu --out $(OUT)
+
 lint: $(BIN)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-soak build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import logging
 import math
@@ -158,6 +159,12 @@ def _table(name: str, part: str = "launch") -> list[Entry]:
 def gpu_name() -> str:
     """`NVIDIA H200` -> `nvidia-h200`."""
     return torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "none"
+
+
+def table_digest() -> str | None:
+    """SHA-256 of the table that this GPU's launches and choices come from; None where nobody has measured."""
+    path = TABLES / f"{gpu_name()}.json"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
 
 
 def forget() -> None:

@@ -23,6 +23,8 @@ from sega_dist.data.pairs import make_pair, patches
 from sega_dist.data.shards import Manifest
 from sega_dist.distributed import World
 from sega_dist.errors import BAD_DATA, NON_FINITE, PREEMPTED, UserError
+from sega_dist.kernels import backend
+from sega_dist.kernels.compat import HAS_TRITON
 from sega_dist.networks.build import build_vgg19
 from sega_dist.networks.discriminator import NOISE
 from sega_dist.objectives import Batch, Noise
@@ -49,7 +51,8 @@ class Training:
         if checkpoint:
             self._restore(checkpoint)
         self.preview = Preview(manifest, config, self.world)
-        self.versions = versions(self.world) | {"vgg19_sha256": self.vgg19_digest}
+        of_kernels = {"kernels": self.ops, "kernel_table": backend.table_digest()}
+        self.versions = versions(self.world) | of_kernels | {"vgg19_sha256": self.vgg19_digest}
         if self.world.is_main:
             (out / "pictures").mkdir(parents=True, exist_ok=True)
             (out / "config.json").write_text(json.dumps(configuration.to_dict(config), indent=1) + "\n")
@@ -213,7 +216,7 @@ def make_batch(images: Tensor, first: int, config: Config, dtype: torch.dtype) -
 
 def versions(world: World) -> dict[str, Any]:
     """What ran: for the run's folder and its checkpoints."""
-    names = ("sega-dist", "torch", "accelerate", "numpy", "pillow", "webdataset")
+    names = ["sega-dist", "torch", "accelerate", "numpy", "pillow", "webdataset", *(["triton"] if HAS_TRITON else [])]
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or platform.machine()
     return {name: version(name) for name in names} | {
         "python": platform.python_version(), "device": device, "processes": world.size,

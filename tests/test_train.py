@@ -321,3 +321,35 @@ def test_resume_on_other_images_is_refused(faces: Path, whole: Path, tmp_path: P
     shard(ShardCommand(faces, tmp_path / "other", split="train", size=64, jobs=1))
     with pytest.raises(UserError, match="other images"):
         train.main(["--resume", "latest", "--data", str(tmp_path / "other"), "--out", str(whole)])
+
+
+OF_KERNELS = [*PROOF, "--generator.channels", "16", "--train.images", "24"]
+
+
+@pytest.mark.slow
+def test_kernels_change_nothing_but_speed(manifest: Manifest, faces: Path, tmp_path: Path):
+    """The same losses with and without fused ops; a run may go on with others; its snapshot serves without them."""
+    for kernels in ("reference", "hybrid"):
+        words = ["--data", manifest.folder, "--out", tmp_path / kernels, "--kernels", kernels]
+        program("train", *OF_KERNELS, *words, env={"TRITON_INTERPRET": "1"})
+    for mine, theirs in zip(losses(tmp_path / "hybrid"), losses(tmp_path / "reference"), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-9)
+    environment = json.loads((tmp_path / "hybrid" / "environment.json").read_text())
+    assert environment["kernels"] == {"ridb": "hybrid", "upconv_act": "hybrid", "rals": "hybrid"}
+    plain = {"TRITON_INTERPRET": "0"}
+    words = ["--data", manifest.folder, "--out", tmp_path / "hybrid", "--resume", "latest", "--train.images", 36]
+    refused = program("train", *words, code=2, env=plain)
+    assert "kernels=hybrid cannot run ridb" in refused.stderr and "kernels need a GPU" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    program("train", *words, "--kernels", "auto", env=plain)
+    assert [entry["nimg"] for entry in stats(tmp_path / "hybrid")] == [12, 24, 36]
+    program("upscale", tmp_path / "hybrid", next(faces.rglob("*.jpg")), tmp_path / "enlarged.png", env=plain)
+
+
+def test_kernels_that_cannot_run_are_refused_before_anything_is_written(manifest: Manifest, tmp_path: Path):
+    words = ["--data", manifest.folder, "--out", tmp_path / "run", "--kernels", "triton"]
+    done = program("train", *SMALL, *words, code=2, env={"TRITON_INTERPRET": "1"})
+    assert "8 channels are not a multiple of 16" in done.stderr and "kernels=auto" in done.stderr
+    assert not (tmp_path / "run").exists()
+    done = program("train", *SMALL, *words[:-1], "cuda", code=2)
+    assert "kernels" in done.stderr
