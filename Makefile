@@ -18,7 +18,7 @@ endif
 # make gpu on a machine without network: its own python, and a folder of packages that it lacks.
 GPU_PYTHON ?= $(BIN)/python
 SITE ?=
-OUT ?= runs/gpu
+GPU_OUT ?= runs/gpu
 
 .PHONY: help demo test test-all soak gpu lint clean
 
@@ -74,7 +74,7 @@ $(BIN)/.soak: $(BIN)/.dev
 	touch $@
 
 gpu: $(if $(findstring $(BIN),$(GPU_PYTHON)),$(BIN)/.dev)
-	PYTHONPATH=$(SITE):$(CURDIR) TRITON_INTERPRET=0 $(GPU_PYTHON) -m sega_dist.bench.gpu --out $(OUT)
+	PYTHONPATH=$(SITE):$(CURDIR) TRITON_INTERPRET=0 $(GPU_PYTHON) -m sega_dist.bench.gpu --out $(GPU_OUT)
 
 lint: $(BIN)/.dev
 	$(BIN)/ruff check .

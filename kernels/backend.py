@@ -28,15 +28,16 @@ log = logging.getLogger(__name__)
 _forced: dict[str, Entry] = {}
 
 
-def choose(impl: Impl, op: str, x: Tensor, slope: float = 0.0) -> Impl:
+def choose(impl: Impl, op: str, x: Tensor, slope: float = 0.0, widest: int = 0) -> Impl:
     """`impl`, or for `auto` what the table of this GPU says for this shape; ValueError where `impl` cannot run.
 
-    x: the op's input (N,C,h,w), or rals' logits (N,1). Empty batches have nothing to fuse: they take the reference.
+    x: the op's input (N,C,h,w), or rals' logits (N,1); widest: channels of the widest map where that is not known of
+    the op. Empty batches have nothing to fuse: they take the reference.
     """
     if impl == "reference":
         return impl
     # Plain integers: a compiled graph is specialised to the shape that the choice was made for.
-    return _choose(impl, op, [operator.index(n) for n in x.shape], x.dtype, x.device.type, slope)
+    return _choose(impl, op, [operator.index(n) for n in x.shape], x.dtype, x.device.type, slope, widest)
 
 
 def plan(impl: Impl, shapes: dict[str, list[int]], dtype: torch.dtype, device: str, slope: float) -> dict[str, Impl]:
@@ -45,10 +46,11 @@ def plan(impl: Impl, shapes: dict[str, list[int]], dtype: torch.dtype, device: s
 
 
 @torch.compiler.assume_constant_result
-def _choose(impl: Impl, op: str, shape: list[int], dtype: torch.dtype, device: str, slope: float) -> Impl:
+def _choose(impl: Impl, op: str, shape: list[int], dtype: torch.dtype, device: str, slope: float, widest: int = 0
+            ) -> Impl:  # fmt: skip
     if impl == "reference" or math.prod(shape) == 0:
         return "reference"
-    found = obstacle(op, shape, dtype, device, slope)
+    found = obstacle(op, shape, dtype, device, slope, widest)
     if impl != "auto":
         if found:
             raise ValueError(f"kernels={impl} cannot run {op}: {found}; use kernels=auto or kernels=reference")
@@ -58,7 +60,8 @@ def _choose(impl: Impl, op: str, shape: list[int], dtype: torch.dtype, device: s
     return chosen
 
 
-def obstacle(op: str, shape: Sequence[int], dtype: torch.dtype, device: str, slope: float) -> str | None:
+def obstacle(op: str, shape: Sequence[int], dtype: torch.dtype, device: str, slope: float, widest: int = 0
+             ) -> str | None:  # fmt: skip
     """Why the kernels cannot run this, or None."""
     if not compat.HAS_TRITON:
         return "triton is not installed"
@@ -69,9 +72,11 @@ def obstacle(op: str, shape: Sequence[int], dtype: torch.dtype, device: str, slo
         return f"its dtype is {dtype}, not one of {', '.join(DTYPES[one] for one in legal)}"
     if op != "rals" and shape[1] % 16:
         return f"{shape[1]} channels are not a multiple of 16"
-    widest = 4 if op == "upconv_act" else 2  # the upsampler's output; a block's concatenation
-    if math.prod(shape) * widest >= MOST:
-        return f"{math.prod(shape) * widest:,} elements are not below {MOST:,}"
+    # The upsampler's output, a block's concatenation.
+    widest = widest or shape[1] * {"upconv_act": 4, "ridb": 2, "idb": 2}.get(op, 1)
+    elements = math.prod(shape) // shape[1] * widest
+    if elements >= MOST:
+        return f"{elements:,} elements are not below {MOST:,}"
     if slope < 0:
         return f"slope {slope} is below 0, the sign of an activation must tell that of its input"
     return None

@@ -403,21 +403,24 @@ def conv3x3_act(x0: Tensor, x1: Tensor | None, weight: Tensor, bias: Tensor | No
     16. `hybrid` is torch's convolution and one kernel behind it. ValueError where shapes, dtypes or devices do not go
     together, or the asked `impl` cannot run.
     """
-    backend.check_together(x0=x0, x1=x1, res=res, weight=weight, bias=bias)
+    cast = {name: x if x is None else backend.autocast(x) for name, x in (("x0", x0), ("x1", x1), ("res", res))}
+    backend.check_together(**cast, weight=weight, bias=bias)
     channels = [x.shape[1] for x in (x0, x1) if x is not None]
     if weight.shape[1:] != (sum(channels), 3, 3):
         raise ValueError(f"the filter is {tuple(weight.shape)}, the sources have {sum(channels)} channels")
     if add_sources and {*channels, weight.shape[0]} != {weight.shape[0]}:
         raise ValueError(f"sources of {channels} channels cannot be added to an output of {weight.shape[0]}")
-    chosen = backend.choose(impl, "conv3x3_act", backend.autocast(x0), slope)
-    for width in (weight.shape[0], *channels):
+    widths = (weight.shape[0], *channels)
+    assert cast["x0"] is not None
+    chosen = backend.choose(impl, "conv3x3_act", cast["x0"], slope, max(widths))
+    for width in widths:
         if chosen != "reference" and width % 16:
             if impl != "auto":
                 raise ValueError(f"kernels={impl} cannot run conv3x3_act: {width} channels are not a multiple of 16")
             chosen = "reference"
     if chosen == "reference":
         return reference(x0, x1, weight, bias, res, slope, scale, add_sources)
-    x0, x1, res = backend.autocast(x0), *(x if x is None else backend.autocast(x) for x in (x1, res))
+    x0, x1, res = cast["x0"], cast["x1"], cast["res"]
     if chosen == "hybrid":
         sources = [x for x in (x0, x1) if x is not None]
         z = F.conv2d(torch.cat(sources, 1), weight.to(x0.dtype), padding=1)

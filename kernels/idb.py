@@ -22,9 +22,11 @@ def idb(x: Tensor, r: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, sl
 
     Two fused convolutions. Inside a `ridb` the backward runs across the borders of its blocks as well.
     """
-    backend.check_together(x=x, r=r, weight1=w1, bias1=b1, weight2=w2, bias2=b2)
-    chosen = backend.choose(impl, "idb", x, slope)
+    cast, past = backend.autocast(x), backend.autocast(r)
+    backend.check_together(x=cast, r=past, weight1=w1, bias1=b1, weight2=w2, bias2=b2)
+    chosen = backend.choose(impl, "idb", cast, slope)
     if chosen == "reference":
         return reference(x, r, w1, b1, w2, b2, slope)
+    x, r = cast, past
     f1 = conv3x3_act(x, None, w1, b1, None, slope, impl=chosen)
     return conv3x3_act(x, f1, w2, b2, r, slope, add_sources=True, impl=chosen)

@@ -91,7 +91,10 @@ def test_every_table_entry_is_right(entry: dict[str, Any]):
             own = errors(callable_of(case, "eager")(), exact)
             with backend.forced(**{entry["kernel"]: entry["parameters"]}):
                 mine = errors(callable_of(case, column)(), exact)
-            assert all(e <= 2 * t + TOLERANCE[dtype] for e, t in zip(mine, own, strict=True)), max(mine)
+            # The output to the tolerance; of the gradients one activation that rounding turned over its kink makes
+            # 6.5e-3 here (counted), a wrong tap or border more than ten times that.
+            limits = [TOLERANCE[dtype], *[max(TOLERANCE[dtype], 1e-2)] * (len(own) - 1)]
+            assert all(e <= 2 * t + limit for e, t, limit in zip(mine, own, limits, strict=True)), max(mine)
 
 
 @pytest.mark.parametrize("column", ["triton", "hybrid"])
@@ -114,8 +117,13 @@ def test_an_image_alone_is_that_image_in_a_batch():
 @pytest.mark.parametrize("column", ["triton", "hybrid"])
 @pytest.mark.parametrize("level", ["ridb", "upconv", "rals"])
 def test_ops_live_in_cuda_graphs(level: str, column: str):
+    """What a replay leaves, in memory overwritten before, is what a call gives."""
     call = callable_of(Case(level, "both", 2, 16, "bf16", "cuda"), column)
-    assert min(chained(call)) > 0
+    torch.backends.cudnn.deterministic = True
+    replayed, times = chained(call)
+    assert min(times) > 0
+    for mine, eager in zip(replayed, call(), strict=True):
+        torch.testing.assert_close(mine, eager)
 
 
 def test_ops_live_in_compiled_training():
@@ -146,12 +154,12 @@ def test_ops_live_in_compiled_training():
 
 def test_index_arithmetic_near_the_limit_is_right_or_refused():
     """The largest maps that pass are computed rightly at their far end; beyond, one clear error."""
-    side = 2048
-    x = torch.randn(1, 32, side, 4 * side, device="cuda", dtype=torch.bfloat16)  # 2**29 elements
+    side = 4096
+    x = torch.randn(1, 32, side, 2 * side - 16, device="cuda", dtype=torch.bfloat16)  # nearly 2**30 elements
     weight: Tensor = torch.randn(32, 32, 3, 3, device="cuda") / 17
     with torch.no_grad():
         y = conv3x3_act.conv3x3_act(x, None, weight, None, impl="triton")
         expected = torch.nn.functional.conv2d(x[..., -64:, -64:].float(), weight, padding=1)
     assert torch.linalg.norm(y[..., -32:, -32:].float() - expected[..., -32:, -32:]) < 0.02 * expected.norm()
     with pytest.raises(ValueError, match="not below 2,147,483,648"):
-        backend.plan("triton", {"ridb": [2, 32, 2 * side, 4 * side]}, torch.bfloat16, "cuda", 0.2)
+        backend.plan("triton", {"ridb": [1, 32, side, 2 * side]}, torch.bfloat16, "cuda", 0.2)

@@ -51,7 +51,7 @@ COMPILE = {"compile": "default", "compile_max": "max-autotune-no-cudagraphs", "c
 CHANNELS_LAST = torch.channels_last
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"bf16": 5e-3, "fp16": 1e-3, "tf32": 2e-3, "fp32": 1e-5}  # beside twice the error of torch's own path
-KEY = ("level", "mode", "batch", "side", "dtype", "column", "metric", "device")
+KEY = ("level", "mode", "batch", "side", "dtype", "column", "metric", "device", "code")
 
 
 @dataclass(frozen=True)
@@ -75,11 +75,11 @@ class Conv(nn.Module):
 
     def __init__(self, sources: int, impl: Kernels):
         super().__init__()
-        self.conv, self.sources, self.impl = nn.Conv2d(64 * sources, 64, 3, padding=1), sources, impl
+        self.conv, self.impl = nn.Conv2d(64 * sources, 64, 3, padding=1), impl
+        self.other = nn.Parameter(torch.empty(0)) if sources == 2 else None  # filled by the case
 
     def forward(self, x: Tensor) -> Tensor:
-        second = x if self.sources == 2 else None
-        return conv3x3_act(x, second, self.conv.weight, self.conv.bias, None, 0.2, impl=self.impl)
+        return conv3x3_act(x, self.other, self.conv.weight, self.conv.bias, None, 0.2, impl=self.impl)
 
 
 class Block(nn.Module):
@@ -88,11 +88,12 @@ class Block(nn.Module):
     def __init__(self, impl: Kernels):
         super().__init__()
         self.one, self.two, self.impl = nn.Conv2d(64, 64, 3, padding=1), nn.Conv2d(128, 64, 3, padding=1), impl
+        self.other = nn.Parameter(torch.empty(0))  # r, filled by the case
 
     def forward(self, x: Tensor) -> Tensor:
         one, two = self.one, self.two
         assert one.bias is not None and two.bias is not None
-        return idb(x, x, one.weight, one.bias, two.weight, two.bias, 0.2, self.impl)
+        return idb(x, self.other, one.weight, one.bias, two.weight, two.bias, 0.2, self.impl)
 
 
 class Rals(nn.Module):
@@ -132,17 +133,27 @@ class Case:
 
     def module(self, impl: Kernels) -> nn.Module:
         torch.manual_seed(0)
-        return BUILD[self.level](impl).to(self.device)
+        module = BUILD[self.level](impl)
+        if isinstance(module, (Conv, Block)) and module.other is not None:  # a second map, of its own in memory
+            module.other.data = torch.randn(self.batch, 64, self.side, self.side).to(self.narrow)
+        return module.to(self.device)
+
+    @property
+    def narrow(self) -> torch.dtype:
+        """Of maps between convolutions."""
+        return AUTOCAST.get(self.dtype, torch.float32)
 
     def tensors(self) -> tuple[Tensor, Tensor]:
         """Input (LR-sized maps of 64 channels, images for the generator, pairs of logits), and output's gradient."""
         channels = {"generator": 3, "rals": 2}.get(self.level, 64)
         shape = (self.batch, channels) if self.level == "rals" else (self.batch, channels, self.side, self.side)
-        with torch.device("meta"), torch.no_grad():
-            out = BUILD[self.level]("reference")(torch.empty(shape)).shape
+        grown = {"generator": (self.batch, 3, 4 * self.side, 4 * self.side), "rals": (1,),
+                 "upconv": (self.batch, 64, 2 * self.side, 2 * self.side)}  # fmt: skip
         draw = torch.Generator().manual_seed(1)
-        x, gradient = (torch.randn(s, generator=draw).to(self.device) for s in (shape, out))
-        return x, gradient if self.level == "rals" else gradient.to(AUTOCAST.get(self.dtype, torch.float32))
+        x, gradient = (torch.randn(s, generator=draw).to(self.device) for s in (shape, grown.get(self.level, shape)))
+        if self.level == "rals":
+            return x, gradient
+        return x if self.level == "generator" else x.to(self.narrow), gradient.to(self.narrow)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -162,9 +173,14 @@ def bench(command: KernelsCommand) -> list[Row]:
     command.out.mkdir(parents=True, exist_ok=True)
     kept = command.out / "rows.jsonl"
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    known = {} if command.again else {key_of(row): row for row in rows}
+    known = (
+        {}
+        if command.again
+        else {key_of(row): row for row in rows if not row["why"] and row.get("code") == facts["code"]}
+    )
     if device == "cpu":
         print("no GPU in use: the reference paths are timed on the CPU; hybrid and triton are not measured")
+    torch.backends.cudnn.benchmark = True  # the fused kernels are tuned to the shape: cuDNN may be as well
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = dtype != "fp32"
     limits = ceilings(device, AUTOCAST.get(dtype, torch.float32))
     sides, batches = command.side or SIDES[device], command.batch or BATCHES[device]
@@ -175,14 +191,14 @@ def bench(command: KernelsCommand) -> list[Row]:
         # A step as it stands synchronises with the host and cannot be captured.
         metrics = ("cold", "chained") if device == "cuda" and case.level != "step" else ("cold",)
         wanted = [column for column in command.columns if can_run(case, column)]
+        mark = {**asdict(case), "device": name, "code": facts["code"]}
         missing = [column for column in wanted
-                   if any(key_of({**asdict(case), "column": column, "metric": m, "device": name}) not in known
-                          for m in metrics)]  # fmt: skip
+                   if any(key_of({**mark, "column": column, "metric": m}) not in known for m in metrics)]  # fmt: skip
         is_late = is_late or bool(command.minutes and time.monotonic() - began > command.minutes * 60)
         if not missing or is_late:
             continue
         for row in compare(case, missing, metrics, limits):
-            row |= {"device": name, "commit": facts["commit"]}
+            row |= {"device": name, "commit": facts["commit"], "code": facts["code"]}
             known[key_of(row)] = row
             with kept.open("a") as stream:
                 stream.write(json.dumps(row) + "\n")
@@ -208,37 +224,52 @@ def key_of(row: Row) -> tuple[Any, ...]:
 
 def compare(case: Case, columns: list[Column], metrics: tuple[str, ...], limits: dict[str, float]) -> list[Row]:
     """All columns of a case: checked, then timed in turn, forwards and backwards, so that drift meets all alike."""
-    exact, (flop, size) = truth(case), work(case)
-    own = callable_of(case, "eager")
-    of_torch = errors(own(), exact, case.level)
+    torch._dynamo.reset()
+    flop, size = work(case)
+    try:
+        exact, own = truth(case), callable_of(case, "eager")
+        of_torch = errors(own(), exact, case.level)
+    except Exception as error:  # without the truth no column can be judged: rows say so, the other cases go on
+        return [{**asdict(case), "column": column, "metric": metric, "why": f"no reference: {said(error)}"}
+                for column in columns for metric in metrics]  # fmt: skip
+
+    def judge(outcome: list[Tensor]) -> dict[str, Any]:
+        of_column = errors(outcome, exact, case.level)
+        is_right = all(e <= 2 * t + TOLERANCE[case.dtype] for e, t in zip(of_column, of_torch, strict=True))
+        return {"error": max(of_column), "error_eager": max(of_torch), "why": "" if is_right else "wrong"}
+
     calls: dict[Column, Callable[[], list[Tensor]]] = {}
     rows: list[Row] = []
     times: dict[tuple[str, str], list[float]] = {(column, metric): [] for column in columns for metric in metrics}
-    found: dict[Column, Row] = {}
+    found: dict[tuple[str, str], Row] = {}
     for column in columns:
-        torch._dynamo.reset()
         try:
             calls[column] = own if column == "eager" else callable_of(case, column)
-            of_column = of_torch if column == "eager" else errors(calls[column](), exact, case.level)
-            worst = max(of_column)
-            is_right = all(e <= 2 * t + TOLERANCE[case.dtype] for e, t in zip(of_column, of_torch, strict=True))
-            found[column] = {"error": worst, "error_eager": max(of_torch), "why": "" if is_right else "wrong"}
+            verdict = {"error": max(of_torch), "error_eager": max(of_torch), "why": ""}
+            if column != "eager":
+                verdict = judge(calls[column]())
         except Exception as error:  # whatever it is, the row says so and the others go on
-            found[column] = {"why": f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"}
+            verdict = {"why": said(error)}
+        found |= {(column, metric): dict(verdict) for metric in metrics}
     for turn in (columns, columns[::-1]):
         for column in turn:
             for metric in metrics:
-                if not found[column]["why"]:
-                    try:
-                        call = calls[column]
-                        times[column, metric] += chained(call) if metric == "chained" else cold(call, case.device)
-                    except Exception as error:
-                        found[column]["why"] = f"{type(error).__name__}: {str(error).splitlines()[0][:160]}"
+                if found[column, metric]["why"]:
+                    continue
+                try:
+                    if metric == "chained":
+                        replayed, more = chained(calls[column])
+                        found[column, metric] = judge(replayed)
+                    else:
+                        more = cold(calls[column], case.device)
+                    times[column, metric] += more
+                except Exception as error:
+                    found[column, metric]["why"] = said(error)
     floor = max(flop / limits["flop_per_s"], size / limits["bytes_per_s"]) * 1000
     for column in columns:
         for metric in metrics:
             row = {**asdict(case), "column": column, "metric": metric, "gflop": flop / 1e9, "mbytes": size / 1e6,
-                   "floor_ms": floor, **found[column]}  # fmt: skip
+                   "floor_ms": floor, **found[column, metric]}  # fmt: skip
             if not row["why"]:
                 row |= quantiles(times[column, metric])
                 row |= {"roof_share": floor / row["median_ms"], "peak_mb": peak(case, calls[column])}
@@ -246,6 +277,11 @@ def compare(case: Case, columns: list[Column], metrics: tuple[str, ...], limits:
     calls.clear()
     gc.collect()
     return rows
+
+
+def said(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
 
 
 def callable_of(case: Case, column: Column) -> Callable[[], list[Tensor]]:
@@ -337,7 +373,7 @@ def work(case: Case) -> tuple[float, float]:
         return case.batch * (385e9 if case.side == 64 else 278e9 * (case.side / 32) ** 2), 0.0
     module, tensors = case.module("reference"), case.tensors()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        module(tensors[0])
+        module.float()(tensors[0].float())
     width = 2 if case.dtype in AUTOCAST else 4
     size = sum(t.numel() for t in tensors) * width + sum(p.numel() for p in module.parameters()) * 4
     is_training = case.mode == "both"
@@ -380,7 +416,7 @@ def table(rows: list[Row]) -> Table:
         medians = {column: row.get("median_ms") for column, row in of_column.items()}
         best = min((m for m in medians.values() if m), default=None)
         cells = ["-" if not medians.get(c) else f"{medians[c]:.3f}" for c in columns]
-        roof = f"{next(iter(of_column.values()))['floor_ms'] / best:.0%}" if best else "-"
+        roof = f"{next(r['floor_ms'] for r in of_column.values() if 'floor_ms' in r) / best:.0%}" if best else "-"
         shown.add_row(*map(str, case), *cells, roof)
     return shown
 

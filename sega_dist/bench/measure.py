@@ -1,5 +1,6 @@
 """How the benchmarks time, and what they say of the machine: the same for every benchmark."""
 
+import hashlib
 import platform
 import statistics
 import subprocess
@@ -26,8 +27,11 @@ def cold(call: Call, device: str) -> list[float]:
     return _repeat(call)
 
 
-def chained(call: Call) -> list[float]:
-    """Milliseconds of replays of a CUDA graph that holds one call: as inside a captured step, without launch costs."""
+def chained(call: Call) -> tuple[Any, list[float]]:
+    """Milliseconds of replays of a CUDA graph that holds one call: as inside a captured step, without launch costs.
+
+    Also what a replay leaves, for a check: the memory it writes is overwritten with NaN before.
+    """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -36,7 +40,11 @@ def chained(call: Call) -> list[float]:
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
+        outcome = call()
+    for tensor in outcome:
+        tensor.fill_(float("nan"))
+    graph.replay()
+    replayed = [tensor.clone() for tensor in outcome]
 
     def replay() -> None:
         graph.replay()
@@ -53,7 +61,7 @@ def chained(call: Call) -> list[float]:
         end.record()
         end.synchronize()
         times.append(begin.elapsed_time(end) / count)
-    return times
+    return replayed, times
 
 
 def _repeat(call: Call) -> list[float]:
@@ -99,7 +107,7 @@ def _synchronised(call: Call, device: str) -> list[float]:
 def provenance(device: str) -> dict[str, Any]:
     """Machine, versions, commit and command, to stand beside every figure."""
     facts: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(sys.argv),
-                             "python": platform.python_version(), "commit": _commit()}  # fmt: skip
+                             "python": platform.python_version(), "commit": _commit(), "code": _code()}  # fmt: skip
     for name in ("torch", "triton"):
         try:
             facts[name] = version(name)
@@ -112,6 +120,13 @@ def provenance(device: str) -> dict[str, Any]:
                   "cudnn": torch.backends.cudnn.version(), "cudnn_benchmark": torch.backends.cudnn.benchmark,
                   "cudnn_tf32": torch.backends.cudnn.allow_tf32}  # fmt: skip
     return facts
+
+
+def _code() -> str:
+    """A digest of what decides the figures: kernels, their tables, networks, benchmarks."""
+    package = Path(__file__).resolve().parent.parent
+    files = [f for part in ("kernels", "networks", "bench") for f in sorted((package / part).rglob("*.[pj][ys]*"))]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files if f.is_file())).hexdigest()[:12]
 
 
 def _commit() -> str:
