@@ -137,12 +137,17 @@ def _entry(kernel: str, dtype: str, pixels: int) -> Entry:
     if compat.IS_INTERPRETING:
         entries, architecture = _table("interpreter"), 0
     else:
-        entries = _table(gpu_name()) or _table("start")
+        entries = _measured(kernel, dtype) or _table("start")
         architecture = 0 if torch.version.hip else torch.cuda.get_device_capability()[0] * 10
     fitting = [e for e in entries if e["kernel"] == kernel and dtype in e["dtypes"] and e.get("cc", 0) <= architecture]
     if not fitting:
         raise ValueError(f"no launch parameters for {kernel} in {dtype} on compute capability {architecture / 10}")
     return min(fitting, key=lambda e: (-e.get("cc", 0), abs(math.log(pixels / e.get("pixels", pixels)))))
+
+
+def _measured(kernel: str, dtype: str) -> list[Entry]:
+    """What the table of this GPU holds for a kernel and dtype."""
+    return [e for e in _table(gpu_name()) if e["kernel"] == kernel and dtype in e["dtypes"]]
 
 
 def _measured_choice(op: str, shape: Sequence[int], dtype: torch.dtype) -> Impl:

@@ -37,7 +37,7 @@ from sega_dist.bench.kernels import (
     said,
     truth,
 )  # fmt: skip
-from sega_dist.bench.measure import ceilings, chained, cold, provenance
+from sega_dist.bench.measure import ceilings, chained, code_digest, cold, provenance
 from sega_dist.errors import UserError, run
 from sega_dist.kernels import backend, compat
 
@@ -80,12 +80,14 @@ def main(argv: list[str] | None = None) -> None:
     torch.backends.cudnn.benchmark = True
     began = time.monotonic()
     device = "cpu" if command.rehearse else "cuda"
-    machine = stage(command.out, "machine", lambda: provenance(device) | ceilings(device, torch.bfloat16))
+    code = code_digest()
+    machine = stage(command.out, "machine", lambda: provenance(device) | ceilings(device, torch.bfloat16),
+                    lambda facts: facts["code"] == code)  # fmt: skip
     tested: dict[str, Any] = {"code": 0}
     failed: list[dict[str, Any]] = []
     if not command.rehearse:
-        failed = compile_all()
-        tested = stage(command.out, "tests", tests, lambda result: result["code"] == 0)
+        failed = compile_all([(row["kernel"], row["parameters"]) for row in swept(command.out)])
+        tested = stage(command.out, "tests", tests, lambda result: result["code"] == 0 and result["of"] == code)
     launches = sweep(command, ((1, 5),) if command.rehearse else SHAPES, device, failed)
     table = {"schema": 1} | {key: machine.get(key) for key in ("device", "torch", "triton", "commit", "date")}
     table |= {"launch": entries(launches), "choices": []}
@@ -149,10 +151,14 @@ def once(parameters: dict[str, dict[str, Any]]) -> None:
     torch.cuda.synchronize()
 
 
-def compile_all() -> list[dict[str, Any]]:
-    """Compile all candidates side by side, each in a process of its own: one that crashes or hangs is only left out."""
+def compile_all(known: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Compile candidates side by side, each in a process of its own: one that crashes or hangs is only left out.
+
+    Those that the sweep knows for every shape are compiled where they are used, if at all.
+    """
     start = {kernel: candidates(kernel)[-1 if kernel == "weight_grad" else 0] for kernel in TILED}
-    jobs = [(kernel, parameters) for kernel in TILED for parameters in candidates(kernel)]
+    jobs = [(kernel, parameters) for kernel in TILED for parameters in candidates(kernel)
+            if known.count((kernel, parameters)) < len(SHAPES)]  # fmt: skip
 
     def job(kernel: str, parameters: dict[str, Any]) -> str:
         words = [sys.executable, "-m", "sega_dist.bench.gpu", "--once", json.dumps(start | {kernel: parameters})]
@@ -180,9 +186,9 @@ def tests() -> dict[str, Any]:
     try:
         done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
     except subprocess.TimeoutExpired as late:
-        return {"code": -1, "said": f"not done after {late.timeout:.0f} s"}
+        return {"code": -1, "of": code_digest(), "said": f"not done after {late.timeout:.0f} s"}
     print(done.stdout[-3000:], flush=True)
-    return {"code": done.returncode, "said": done.stdout[-6000:]}
+    return {"code": done.returncode, "of": code_digest(), "said": done.stdout[-6000:]}
 
 
 def sweep(command: GpuCommand, shapes: tuple[tuple[int, int], ...], device: str, failed: list[dict[str, Any]]
@@ -191,17 +197,15 @@ def sweep(command: GpuCommand, shapes: tuple[tuple[int, int], ...], device: str,
 
     Rows are kept as they come. A candidate that takes the CUDA context with it ends the run; the next leaves it out.
     """
-    kept = command.out / "sweep.jsonl"
-    code = provenance(device)["code"]
-    found = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    found = [row for row in found if row["code"] == code]
+    kept, code = command.out / "sweep.jsonl", code_digest()
+    found = swept(command.out)
     for batch, side in shapes:
         case = Case("ridb", "both", batch, side, "bf16" if device == "cuda" else "fp32", device)
         small = case if device == "cpu" else replace(case, batch=8, side=32)
         best: dict[str, Any] = {}
         for kernel in TILED:
             for parameters in candidates(kernel)[: None if device == "cuda" else 1]:
-                row = {
+                row: dict[str, Any] = {
                     "kernel": kernel,
                     "batch": batch,
                     "side": side,
@@ -227,6 +231,13 @@ def sweep(command: GpuCommand, shapes: tuple[tuple[int, int], ...], device: str,
             if right:
                 best[kernel] = min(right, key=lambda row: row["ms"])["parameters"]
     return found
+
+
+def swept(out: Path) -> list[dict[str, Any]]:
+    """The rows of earlier runs of this very code."""
+    kept, code = out / "sweep.jsonl", code_digest()
+    found = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    return [row for row in found if row["code"] == code]
 
 
 def timed(case: Case, small: Case, best: dict[str, Any], kernel: str, parameters: dict[str, Any]) -> dict[str, Any]:

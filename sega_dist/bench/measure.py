@@ -106,8 +106,9 @@ def _synchronised(call: Call, device: str) -> list[float]:
 
 def provenance(device: str) -> dict[str, Any]:
     """Machine, versions, commit and command, to stand beside every figure."""
-    facts: dict[str, Any] = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": " ".join(sys.argv),
-                             "python": platform.python_version(), "commit": _commit(), "code": _code()}  # fmt: skip
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    facts: dict[str, Any] = {"date": now, "command": " ".join(sys.argv), "python": platform.python_version(),
+                             "commit": _commit(), "code": code_digest()}  # fmt: skip
     for name in ("torch", "triton"):
         try:
             facts[name] = version(name)
@@ -122,11 +123,11 @@ def provenance(device: str) -> dict[str, Any]:
     return facts
 
 
-def _code() -> str:
-    """A digest of what decides the figures: kernels, their tables, networks, benchmarks."""
+def code_digest() -> str:
+    """Of the code that decides the figures: kernels, networks, benchmarks."""
     package = Path(__file__).resolve().parent.parent
-    files = [f for part in ("kernels", "networks", "bench") for f in sorted((package / part).rglob("*.[pj][ys]*"))]
-    return hashlib.sha256(b"".join(f.read_bytes() for f in files if f.is_file())).hexdigest()[:12]
+    files = [f for part in ("kernels", "networks", "bench") for f in sorted((package / part).rglob("*.py"))]
+    return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
 
 
 def _commit() -> str:
