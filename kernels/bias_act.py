@@ -163,6 +163,20 @@ def nchw(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
+def conv(x: Tensor, w: Tensor) -> Tensor:
+    """torch's convolution without bias between dense (N,h,w,C) maps."""
+    return nhwc(F.conv2d(nchw(x), nchw(w), padding=1))
+
+
+def conv_backward(dz: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Its gradients, of x as a map and of the filter as [Co][tap][Ci]."""
+    one, none = [1, 1], [0, 0]
+    gx, gw, _ = torch.ops.aten.convolution_backward(
+        nchw(dz), nchw(x), nchw(w), None, one, one, one, False, none, 1, [True, True, False]
+    )
+    return nhwc(gx), nhwc(gw)
+
+
 def empty_mask(x: Tensor, is_needed: bool) -> Tensor:
     """Room for the signs of a (N,h,w,C) map, or an empty tensor."""
     shape = (*x.shape[:3], x.shape[3] // LANES) if is_needed else (0,)

@@ -23,6 +23,8 @@ from sega_dist.kernels import backend, idb
 from sega_dist.kernels.backend import Impl
 from sega_dist.kernels.bias_act import (
     LANES,
+    conv,
+    conv_backward,
     nchw,
     nhwc,
     no_second_derivative,
@@ -119,13 +121,13 @@ def _hybrid_forward(r: Tensor, w: Sequence[Tensor], biases: Sequence[Tensor], sa
     x = r
     for q in range(blocks):
         pair, f1 = pairs[q % len(pairs)], pairs[q % len(pairs)][..., c:]
-        run_bias_act(_conv(x, w[2 * q]), biases[2 * q], [], f1, None, slope, 1.0)
+        run_bias_act(conv(x, w[2 * q]), biases[2 * q], [], f1, None, slope, 1.0)
         mask, out = None if masks is None else masks[q], outs[q % len(outs)]
         follower = pairs[(q + 1) % len(pairs)][..., :c] if q + 1 < blocks else None
-        run_bias_act(_conv(pair, w[2 * q + 1]), biases[2 * q + 1], [x, f1, r], out, mask, slope, 1.0, follower)
+        run_bias_act(conv(pair, w[2 * q + 1]), biases[2 * q + 1], [x, f1, r], out, mask, slope, 1.0, follower)
         x = out
     y = torch.empty_like(r)
-    run_bias_act(_conv(x, w[-1]), biases[-1], [r], y, None, 1.0, beta)
+    run_bias_act(conv(x, w[-1]), biases[-1], [r], y, None, 1.0, beta)
     return y
 
 
@@ -136,16 +138,16 @@ def _hybrid_backward(g: Tensor, r: Tensor, w: Sequence[Tensor], saved: Tensor, m
     filters, biases, past = [], [], [g]
     dz = torch.empty_like(g)
     biases.append(run_act_grad([g], None, None, dz, 1.0, beta))
-    gx, gw = _conv_backward(dz, outs[-1], w[-1])
+    gx, gw = conv_backward(dz, outs[-1], w[-1])
     filters.append(gw)
     parts = [gx]  # of the gradient at the block's output
     for q in reversed(range(blocks)):
         total, dz2, dz1 = torch.empty_like(g), torch.empty_like(g), torch.empty_like(g)
         biases.append(run_act_grad(parts, None, masks[q], dz2, slope, 1.0, total))
-        gpair, gw = _conv_backward(dz2, pairs[q], w[2 * q + 1])
+        gpair, gw = conv_backward(dz2, pairs[q], w[2 * q + 1])
         filters.append(gw)
         biases.append(run_act_grad([gpair[..., c:], total], pairs[q][..., c:], None, dz1, slope, 1.0))
-        gx, gw = _conv_backward(dz1, outs[q - 1] if q else r, w[2 * q])
+        gx, gw = conv_backward(dz1, outs[q - 1] if q else r, w[2 * q])
         filters.append(gw)
         past.append(total)
         parts = [total, gpair[..., :c], gx]
@@ -158,20 +160,6 @@ def _pairs(saved: Tensor, blocks: int) -> tuple[Tensor, Tensor]:
     kept = min(len(saved) // 3, blocks)
     planes = saved[: 2 * kept]
     return planes.view(kept, *planes.shape[1:-1], 2 * planes.shape[-1]), saved[2 * kept :]
-
-
-def _conv(x: Tensor, w: Tensor) -> Tensor:
-    """torch's convolution without bias between dense (N,h,w,C) maps."""
-    return nhwc(F.conv2d(nchw(x), nchw(w), padding=1))
-
-
-def _conv_backward(dz: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Its gradients, of x as a map and of the filter as [Co][tap][Ci]."""
-    one, none = [1, 1], [0, 0]
-    gx, gw, _ = torch.ops.aten.convolution_backward(
-        nchw(dz), nchw(x), nchw(w), None, one, one, one, False, none, 1, [True, True, False]
-    )
-    return nhwc(gx), nhwc(gw)
 
 
 def _planes(impl: str, blocks: int, is_kept: bool) -> int:

@@ -12,7 +12,16 @@ from torch import Tensor
 
 from sega_dist.kernels import backend
 from sega_dist.kernels.backend import Impl
-from sega_dist.kernels.bias_act import nchw, nhwc, no_second_derivative, run_act_grad, run_bias_act, wide
+from sega_dist.kernels.bias_act import (
+    conv,
+    conv_backward,
+    nchw,
+    nhwc,
+    no_second_derivative,
+    run_act_grad,
+    run_bias_act,
+    wide,
+)
 from sega_dist.kernels.conv3x3_act import as_gradients, packed, run_forward, run_input_grad, run_weight_grad
 
 
@@ -30,8 +39,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor, slope: float, impl: str) -
     if impl == "triton":
         run_forward(rows, None, filters, bias, None, y, None, slope, 1.0, shuffle=True)
     else:
-        z = nhwc(F.conv2d(nchw(rows), nchw(filters), padding=1))
-        run_bias_act(z, bias, [], y, None, slope, 1.0, shuffle=True)
+        run_bias_act(conv(rows, filters), bias, [], y, None, slope, 1.0, shuffle=True)
     return nchw(y)
 
 
@@ -52,11 +60,8 @@ def _backward(gy: Tensor, y: Tensor, x: Tensor, weight: Tensor, slope: float, im
         gx = torch.empty_like(rows)
         run_input_grad([(dz, filters)], gx=gx)
         return nchw(gx), run_weight_grad([rows], dz)
-    one, none = [1, 1], [0, 0]
-    gx, gw, _ = torch.ops.aten.convolution_backward(
-        nchw(dz), nchw(rows), nchw(filters), None, one, one, one, False, none, 1, [True, True, False]
-    )
-    return nchw(nhwc(gx)), torch.cat([nhwc(gw).flatten().to(sums.dtype), sums])
+    gx, gw = conv_backward(dz, rows, filters)
+    return nchw(gx), torch.cat([gw.flatten().to(sums.dtype), sums])
 
 
 @_backward.register_fake

@@ -510,6 +510,14 @@ def test_auto_without_a_measurement_is_the_reference():
     assert backend.choose("triton", "ridb", x[:0], 0.2) == "reference"
 
 
+def test_auto_says_once_what_it_takes(caplog: pytest.LogCaptureFixture):
+    backend._log_once.cache_clear()
+    with caplog.at_level("INFO"):
+        for _ in range(3):
+            backend.choose("auto", "ridb", draw(1, 16, 2, 2), 0.2)
+    assert len(caplog.messages) == 1 and "ridb on 1x16x2x2" in caplog.messages[0] and "reference" in caplog.messages[0]
+
+
 def test_auto_takes_what_the_table_of_this_gpu_measured(monkeypatch: pytest.MonkeyPatch):
     dtype = backend.DTYPES[WIDEST]
     rows = [{"op": "ridb", "channels": 16, "dtype": dtype, "pixels": pixels, "impl": impl}
