@@ -10,7 +10,7 @@ from conftest import SMALL, program
 from torch import Tensor
 
 from sega_dist import evaluate
-from sega_dist.bench.kernels import TOLERANCE, Case, callable_of, errors, truth
+from sega_dist.bench.kernels import Case, callable_of, errors, limits_of, truth
 from sega_dist.bench.measure import chained
 from sega_dist.checkpoint import save_snapshot
 from sega_dist.config import Config, DataConfig, GeneratorConfig
@@ -91,10 +91,8 @@ def test_every_table_entry_is_right(entry: dict[str, Any]):
             own = errors(callable_of(case, "eager")(), exact)
             with backend.forced(**{entry["kernel"]: entry["parameters"]}):
                 mine = errors(callable_of(case, column)(), exact)
-            # The output to the tolerance; of the gradients one activation that rounding turned over its kink makes
-            # 6.5e-3 here (counted), a wrong tap or border more than ten times that.
-            limits = [TOLERANCE[dtype], *[max(TOLERANCE[dtype], 1e-2)] * (len(own) - 1)]
-            assert all(e <= 2 * t + limit for e, t, limit in zip(mine, own, limits, strict=True)), max(mine)
+            limits = limits_of(own, dtype)
+            assert all(e <= limit for e, limit in zip(mine, limits, strict=True)), max(mine)
 
 
 @pytest.mark.parametrize("column", ["triton", "hybrid"])

@@ -34,6 +34,7 @@ from sega_dist.bench.kernels import (
     bench,
     callable_of,
     errors,
+    limits_of,
     said,
     truth,
 )  # fmt: skip
@@ -247,7 +248,7 @@ def timed(case: Case, small: Case, best: dict[str, Any], kernel: str, parameters
     try:
         with backend.forced(**best | {kernel: parameters}):
             wrong = errors(callable_of(small, column)(), exact)
-            if any(e > 2 * t + 5e-3 for e, t in zip(wrong, own, strict=True)):
+            if any(e > limit for e, limit in zip(wrong, limits_of(own, case.dtype), strict=True)):
                 return {"why": f"wrong: {max(wrong):.2g}"}
             call = callable_of(case, column)
             return {"ms": statistics.median(chained(call)[1] if case.device == "cuda" else cold(call, case.device))}

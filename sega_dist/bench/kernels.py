@@ -51,6 +51,7 @@ COMPILE = {"compile": "default", "compile_max": "max-autotune-no-cudagraphs", "c
 CHANNELS_LAST = torch.channels_last
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"bf16": 5e-3, "fp16": 1e-3, "tf32": 2e-3, "fp32": 1e-5}  # beside twice the error of torch's own path
+KINK = 1e-2
 KEY = ("level", "mode", "batch", "side", "dtype", "column", "metric", "device", "code")
 
 
@@ -235,7 +236,7 @@ def compare(case: Case, columns: list[Column], metrics: tuple[str, ...], limits:
 
     def judge(outcome: list[Tensor]) -> dict[str, Any]:
         of_column = errors(outcome, exact, case.level)
-        is_right = all(e <= 2 * t + TOLERANCE[case.dtype] for e, t in zip(of_column, of_torch, strict=True))
+        is_right = all(e <= limit for e, limit in zip(of_column, limits_of(of_torch, case.dtype), strict=True))
         return {"error": max(of_column), "error_eager": max(of_torch), "why": "" if is_right else "wrong"}
 
     calls: dict[Column, Callable[[], list[Tensor]]] = {}
@@ -362,6 +363,16 @@ def errors(found: list[Tensor], exact: list[Tensor], level: Level = "ridb") -> l
         pairs = [*pairs[:2], (torch.cat(mine), torch.cat(true))]
     raw = [float((a - b).norm() / b.norm().clamp_min(1e-30)) for a, b in pairs]
     return [e if math.isfinite(e) else math.inf for e in raw]
+
+
+def limits_of(of_torch: list[float], dtype: Precision) -> list[float]:
+    """How far each tensor may be from fp64, given how far eager torch is: the output, then gradients.
+
+    In fp32 one activation that rounding turned over its kink moves a RIDB's gradients by up to 6.5e-3 (counted on 3
+    images of 17x17), in torch as well as here, though not the same one; a wrong tap would move them far more.
+    """
+    of_gradients = TOLERANCE[dtype] if dtype in AUTOCAST else KINK
+    return [2 * t + (of_gradients if i else TOLERANCE[dtype]) for i, t in enumerate(of_torch)]
 
 
 def work(case: Case) -> tuple[float, float]:
