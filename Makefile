@@ -36,7 +36,7 @@ $(BIN)/.program: pyproject.toml constraints.txt
 	touch $@
 
 $(BIN)/.dev: $(BIN)/.program
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed]'
 	touch $@
 
 demo: $(BIN)/.program

@@ -71,7 +71,8 @@ class TrainConfig:
     betas: tuple[float, float] = (0.9, 0.999)  # Adam
     content_warmup_kimg: float = 0.0  # thousands of images at the start without a discriminator
     ema_kimg: float = 0.0  # half-life of the weight average in thousands of images; 0 = the raw weights
-    precision: Literal["fp32", "tf32", "bf16", "fp64"] = "fp32"  # bf16: autocast over fp32 weights; fp64: for proofs
+    precision: Literal["fp32", "tf32", "bf16", "fp16", "fp64"] = "fp32"  # bf16, fp16: autocast; fp64: for proofs
+    activation_checkpointing: bool = False  # compute activations again in backward: less memory, same result
     seed: int = 0  # of weights, order, flips and dropout
     tick_kimg: float = 1.0  # a line of statistics each so many thousand images
     grid_kimg: float = 10.0  # pictures and preview scores
@@ -108,8 +109,8 @@ class Config:
 
 # Keys that may change when a run goes on: they decide how long, how fast and how loudly, not what is computed.
 FREE_ON_RESUME = {
-    "kernels", "data.workers", "data.max_bad_samples", "train.images", "train.tick_kimg", "train.grid_kimg",
-    "train.checkpoint_kimg", "train.keep",
+    "kernels", "data.workers", "data.max_bad_samples", "train.images", "train.activation_checkpointing",
+    "train.tick_kimg", "train.grid_kimg", "train.checkpoint_kimg", "train.keep",
 }  # fmt: skip
 
 
@@ -206,16 +207,17 @@ def digest(values: dict[str, Any]) -> str:
 
 def differences(old: Config, new: Config) -> list[str]:
     """`key: old -> new` for every key that differs and may not change on resume."""
-    before, after = _flat(to_dict(old)), _flat(to_dict(new))
+    before, after = flat(to_dict(old)), flat(to_dict(new))
     return [f"{key}: {before[key]} -> {after[key]}" for key in before
             if key not in FREE_ON_RESUME and before[key] != after[key]]  # fmt: skip
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one level of dotted keys."""
+    keys: dict[str, Any] = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
+        keys |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return keys
 
 
 def _build(kind: type, values: dict[str, Any], prefix: str, where: str) -> Any:

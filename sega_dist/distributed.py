@@ -1,48 +1,77 @@
-"""Ranks, devices and engines: the only file that knows accelerate."""
+"""Ranks and devices: who computes, on what, in which precision, and how ranks agree."""
 
 import contextlib
+import hashlib
+import json
+import logging
 import os
-import warnings
+import re
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
+from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from sega_dist.arguments import Device
-from sega_dist.errors import UserError
+from sega_dist.errors import LOST_RANK, UserError
 
-WAIT = timedelta(minutes=10)  # for any collective; then the process group names what it waited for
-PARAMETERS, FIRST, SECOND, STEP = "parameter.", "exp_avg.", "exp_avg_sq.", "step."  # prefixes in a player's state
+M = TypeVar("M", bound=nn.Module)
+WAIT = 600  # seconds for any collective, unless told otherwise
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher tells each process
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# What a collective says when it fails, whatever the backend; other errors are not about ranks.
+COMMUNICATION = re.compile(r"gloo|nccl|process ?group|connection|timed out|broken pipe|socket|store", re.IGNORECASE)
+NO_ACCUMULATION = (
+    "gradient accumulation is not possible here: batch norm's statistics and the relativistic means are those of the"
+    " whole batch, which no micro-batch has; for a large batch on few GPUs use --train.activation-checkpointing"
+)
 
 
 class World:
     """This process among the ranks, its device and its precision. One a process."""
 
-    def __init__(self, precision: str = "fp32", device: Device = "auto"):
+    def __init__(self, precision: str = "fp32", device: Device = "auto", timeout: int = WAIT):
+        """Joins the other ranks; `timeout` in seconds bounds every wait for them. UserError for what cannot be."""
         if device == "cuda" and not torch.cuda.is_available():
             raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
         # accelerate tells its launcher's use_cpu only to a single process: several need to be told by --device cpu.
         wants_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") if device == "auto" else device == "cpu"
         use_cpu = wants_cpu or not torch.cuda.is_available()
+        asked, wait = launched_ranks(), timedelta(seconds=timeout)
+        self.zero = zero_optimization()  # DeepSpeed's section of that name, or None: DDP or a process alone
+        if self.zero is not None and precision == "fp64":
+            raise UserError("train.precision fp64 is for proofs, and DeepSpeed computes in fp32 at most: use DDP")
+        if asked > 1:
+            _name_interface()
         handlers = [
             # A second forward of the discriminator before its backward must not broadcast over what backward needs.
             DistributedDataParallelKwargs(
                 broadcast_buffers=False, find_unused_parameters=False, gradient_as_bucket_view=True
             ),
-            InitProcessGroupKwargs(timeout=WAIT),
+            InitProcessGroupKwargs(timeout=wait, backend="gloo" if use_cpu and self.zero is not None else None),
         ]
-        self.accelerator = Accelerator(cpu=use_cpu, mixed_precision="no", kwargs_handlers=handlers)
+        try:
+            plugin = None if self.zero is None else _deepspeed(self.zero, asked, use_cpu)
+            self.accelerator = Accelerator(
+                cpu=use_cpu and plugin is None, mixed_precision="no", kwargs_handlers=handlers, deepspeed_plugin=plugin
+            )
+        except (dist.DistError, ConnectionError) as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(
+                f"the {asked} processes did not find each other at {where} ({str(error).splitlines()[0][:200]}); is the"
+                " port in use, or a machine missing? another --main_process_port may help",
+                LOST_RANK,
+            ) from None
         self.rank: int = self.accelerator.process_index
         self.size: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
-        self.precision = precision
-        asked = int(os.environ.get("WORLD_SIZE", "1"))
+        self.precision, self.timeout = precision, wait
         if asked != self.size:
             raise UserError(
                 f"the launcher asked for {asked} processes but {self.size} found each other; see launchers/"
@@ -50,24 +79,37 @@ class World:
         tf32 = precision == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         # Flags and signals travel over the host, so that asking never waits for the device.
-        self._host_group = dist.new_group(backend="gloo", timeout=WAIT) if self.size > 1 else None
+        self._host_group = dist.new_group(backend="gloo", timeout=wait) if self.size > 1 else None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
 
     @property
+    def engine(self) -> str:
+        """What runs the players, for people: `DDP`, `ZeRO-2`, or `one process`."""
+        if self.zero is not None:
+            return f"ZeRO-{self.zero['stage']}"
+        return "DDP" if self.size > 1 else "one process"
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of weights, images and losses."""
         return torch.float64 if self.precision == "fp64" else torch.float32
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Around forwards: convolutions and linear layers in bf16 where that was asked for."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16")
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of convolutions and linear layers."""
+        return AUTOCAST.get(self.precision, self.dtype)
 
-    def place(self, module: nn.Module) -> nn.Module:
-        """`module` on this device, in this precision, channels last."""
-        return module.to(device=self.device, dtype=self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Around forwards: convolutions and linear layers in bf16 or fp16 where that was asked for."""
+        return torch.autocast(self.device.type, AUTOCAST.get(self.precision), enabled=self.precision in AUTOCAST)
+
+    def place(self, module: M) -> M:
+        """`module` on this device, in this precision, channels last (but for DeepSpeed, which flattens its weights)."""
+        layout = torch.channels_last if self.zero is None else torch.contiguous_format
+        return module.to(device=self.device, dtype=self.dtype, memory_format=layout)  # type: ignore[call-overload]
 
     def global_means(self, real: Tensor, fake: Tensor) -> tuple[Tensor, Tensor]:
         """Mean of each over the elements of all ranks, with gradient; one collective of two sums and two counts."""
@@ -80,9 +122,13 @@ class World:
     @torch.no_grad()
     def mean_of(self, values: Tensor) -> Tensor:
         """Elementwise mean over ranks of a small tensor, for statistics."""
+        return self.sum_of(values) / self.size
+
+    @torch.no_grad()
+    def sum_of(self, values: Tensor) -> Tensor:
+        """Elementwise sum over ranks; with zeros where another rank knows the value, a gathering that is exact."""
         if self.size > 1:
             dist.all_reduce(values)
-            values /= self.size
         return values
 
     def any(self, flag: bool) -> bool:
@@ -101,6 +147,61 @@ class World:
         dist.all_reduce(summed, group=self._host_group)
         return int(summed)
 
+    def agree(self, facts: dict[str, Any]) -> None:
+        """Check that `facts`, by name, are the same on every rank; UserError names the ranks and what differs."""
+        if self.size == 1:
+            return
+        values = [json.dumps(fact, sort_keys=True) for fact in facts.values()]
+        mine = torch.stack([_digest(text) for text in (json.dumps(list(facts)), *values)])  # the names come first
+        shapes = self._gather(torch.tensor([len(mine)]))
+        if len({int(shape) for shape in shapes}) > 1:
+            raise UserError("the ranks run different versions of sega-dist: install the same on every machine")
+        everyone = self._gather(mine)
+        complaints = []
+        for rank, theirs in enumerate(everyone):
+            differing = (theirs != everyone[0]).any(1).tolist()
+            names = [name for name, differs in zip(["the set of keys", *facts], differing, strict=True) if differs]
+            if names:
+                complaints.append(f"rank {rank} differs from rank 0 in {', '.join(names)}")
+        if complaints:
+            own = "" if self.is_main else f" (rank {self.rank} is on {socket.gethostname()})"
+            raise UserError(f"{'; '.join(complaints)}{own}: start every process with the same")
+
+    def _gather(self, mine: Tensor) -> list[Tensor]:
+        everyone = [torch.empty_like(mine) for _ in range(self.size)]
+        dist.all_gather(everyone, mine, group=self._host_group)
+        return everyone
+
+    @contextlib.contextmanager
+    def naming_lost_ranks(self) -> Iterator[None]:
+        """Around work with collectives: a failed one ends in a UserError that names the ranks out of reach."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not COMMUNICATION.search(str(error)):
+                raise
+            lost = self._lost()
+            who = f"lost rank {', '.join(map(str, lost))}" if lost else "a collective failed, though all ranks answer"
+            reason = " ".join(str(error).split())[-160:]
+            raise UserError(f"{who} of {self.size} ({reason}); start again with --resume latest", LOST_RANK) from error
+
+    def _lost(self) -> list[int]:
+        """Ranks that do not answer a greeting in time; those that live greet too: their collective failed as well."""
+        waiting, lost = [], set()
+        for other in set(range(self.size)) - {self.rank}:
+            try:
+                for call in (dist.isend, dist.irecv):
+                    waiting.append((other, call(torch.zeros(1), other, group=self._host_group)))
+            except (RuntimeError, ValueError):
+                lost.add(other)
+        for other, work in waiting:
+            try:
+                if work is not None and other not in lost:
+                    work.wait(self.timeout)
+            except RuntimeError:
+                lost.add(other)
+        return sorted(lost)
+
     @contextlib.contextmanager
     def local_main_first(self) -> Iterator[None]:
         """The first process of each machine goes through the block before the others: one download a machine."""
@@ -108,7 +209,7 @@ class World:
             yield
 
     def barrier(self) -> None:
-        """Wait for every rank, at most WAIT."""
+        """Wait for every rank, at most the timeout."""
         if self.size > 1:
             dist.barrier(group=self._host_group)
 
@@ -116,60 +217,6 @@ class World:
         """Leave the process group, so that no rank waits for this one."""
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-class Player:
-    """One side of the game: a module, its Adam optimiser and the engine that runs both."""
-
-    def __init__(self, world: World, module: nn.Module, learning_rate: float, betas: tuple[float, float]):
-        self.world = world
-        self.raw = with_global_batch_norm(world.place(module), world)
-        with warnings.catch_warnings():  # newer torch calls this flag otherwise, accelerate does not yet
-            warnings.filterwarnings("ignore", message=".*broadcast_buffers")
-            self.forward = world.accelerator.prepare_model(self.raw) if world.size > 1 else self.raw
-        self.optimizer = torch.optim.Adam(self.raw.parameters(), learning_rate, betas, fused=True)
-
-    def backward_and_step(self, loss: Tensor) -> None:
-        """One update from the mean over ranks of `loss`'s gradient."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        self.optimizer.step()
-
-    @contextlib.contextmanager
-    def frozen(self) -> Iterator[nn.Module]:
-        """The module itself, without gradient for its parameters but with gradient through it."""
-        self.raw.requires_grad_(False)
-        try:
-            yield self.raw
-        finally:
-            self.raw.requires_grad_(True)
-
-    @torch.no_grad()
-    def is_finite(self) -> bool:
-        """Whether every parameter is a finite number; asks the device once."""
-        return bool(torch.stack([p.sum() * 0 for p in self.raw.parameters()]).sum() == 0)
-
-    def full_state(self) -> dict[str, Tensor]:
-        """Parameters, buffers and Adam moments by name, on the host, whatever the number of ranks."""
-        state = {PARAMETERS + name: tensor for name, tensor in self.raw.state_dict().items()}
-        for name, parameter in self.raw.named_parameters():
-            adam = self.optimizer.state.get(parameter)
-            if adam:
-                state |= {FIRST + name: adam["exp_avg"], SECOND + name: adam["exp_avg_sq"], STEP + name: adam["step"]}
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-
-    def load_full_state(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `full_state`."""
-        prefixed = {name: tensor for name, tensor in state.items() if name.startswith(PARAMETERS)}
-        self.raw.load_state_dict({name.removeprefix(PARAMETERS): tensor for name, tensor in prefixed.items()})
-        for name, parameter in self.raw.named_parameters():
-            if FIRST + name not in state:
-                continue  # never updated: a run stopped within its warm-up
-            moments = (torch.empty_like(parameter).copy_(state[prefix + name]) for prefix in (FIRST, SECOND))
-            step = state[STEP + name].to(parameter.device)
-            self.optimizer.state[parameter] = dict(zip(("exp_avg", "exp_avg_sq"), moments, strict=True)) | {
-                "step": step
-            }
 
 
 class AllReduceSum(torch.autograd.Function):
@@ -188,85 +235,91 @@ class AllReduceSum(torch.autograd.Function):
         return total
 
 
-def with_global_batch_norm(module: nn.Module, world: World) -> nn.Module:
-    """Batch norm over the batch of all ranks: torch's SyncBatchNorm on GPUs, which refuses CPUs; ours there."""
-    if world.size == 1:
-        return module
-    if world.device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
-    for parent in list(module.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, _BatchNorm):
-                setattr(parent, name, GlobalBatchNorm(child))
-    return module
+def launched_ranks() -> int:
+    """How many processes the launcher started; UserError if it told this one too little."""
+    missing = [name for name in LAUNCHED if not os.environ.get(name)]
+    if "WORLD_SIZE" in missing and "RANK" in missing:
+        return 1
+    if missing:
+        raise UserError(f"the launcher did not set {', '.join(missing)}: start with accelerate launch, see launchers/")
+    numbers = [os.environ[name] for name in LAUNCHED[:3]]
+    if not all(number.isdigit() for number in numbers) or int(numbers[0]) >= int(numbers[2]):
+        raise UserError(
+            f"the launcher's RANK {numbers[0]}, LOCAL_RANK {numbers[1]}, WORLD_SIZE {numbers[2]} do not fit"
+        )
+    return int(numbers[2])
 
 
-class GlobalBatchNorm(_BatchNorm):
-    """Batch norm over the global batch on any backend; shares the parameters and buffers of the norm it replaces."""
-
-    def __init__(self, norm: _BatchNorm):
-        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
-        self._parameters.update(norm._parameters)
-        self._buffers.update(norm._buffers)
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        assert input.dim() >= 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training and self.track_running_stats:
-            return super().forward(x)
-        y, mean, variance, count = _GlobalNormalise.apply(x, self.weight, self.bias, self.eps)
-        if self.track_running_stats and self.training:
-            assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-            assert self.num_batches_tracked is not None
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            unbiased = variance * (count / (count - 1))
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-            self.num_batches_tracked += 1
-        return y
-
-
-class _GlobalNormalise(torch.autograd.Function):
-    """(x - mean) / sqrt(var + eps) * weight + bias with statistics of all ranks, in fp32 at least.
-
-    One all-gather of each rank's (mean, centred sum of squares, count) forward, combined without cancellation, and one
-    all-reduce of two sums backward. arXiv 1502.03167, section 3, over the global batch.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        wide = x if x.dtype == torch.float64 else x.float()
-        axes = [axis for axis in range(x.dim()) if axis != 1]
-        count = wide.numel() // wide.shape[1]
-        mean = wide.mean(axes)
-        squares = (wide - _column(mean, x)).square().sum(axes)
-        mine = torch.cat([mean, squares, mean.new_tensor([count])])
-        gathered = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-        dist.all_gather(gathered, mine)
-        means, sums, counts = torch.stack(gathered).split([len(mean), len(mean), 1], 1)
-        total = counts.sum()
-        mean = (means * counts).sum(0) / total
-        variance = (sums + counts * (means - mean).square()).sum(0) / total
-        scale = (variance + eps).rsqrt()
-        normalised = (wide - _column(mean, x)) * _column(scale, x)
-        ctx.save_for_backward(normalised, weight, scale, total)
-        ctx.mark_non_differentiable(mean, variance, total)
-        y = normalised * _column(weight, x) + _column(bias, x)
-        return y.to(x.dtype), mean, variance, total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        normalised, weight, scale, total = ctx.saved_tensors
-        gradient = grads[0].to(normalised.dtype)
-        axes = [axis for axis in range(gradient.dim()) if axis != 1]
-        of_bias, of_weight = gradient.sum(axes), (gradient * normalised).sum(axes)
-        sums = torch.cat([of_bias, of_weight])  # local ones are the parameters' gradients: DDP takes their mean
-        dist.all_reduce(sums)
-        mean_bias, mean_weight = (sums / total).split(len(of_bias))
-        centred = gradient - _column(mean_bias, gradient) - normalised * _column(mean_weight, gradient)
-        return (centred * _column(weight * scale, gradient)).to(grads[0].dtype), of_weight, of_bias, None
+def zero_optimization() -> dict[str, Any] | None:
+    """`zero_optimization` of the file that an accelerate file names for DeepSpeed; None if that was not asked for."""
+    accumulation = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    if accumulation != "1":
+        raise UserError(NO_ACCUMULATION)
+    if not parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return None
+    file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    if not file:
+        raise UserError(
+            "DeepSpeed was asked for without a file: name one of launchers/deepspeed in the accelerate file"
+        )
+    try:
+        settings = json.loads(Path(file).read_text())
+        stage = settings["zero_optimization"]["stage"]
+    except OSError as error:
+        raise UserError(f"cannot read DeepSpeed file {file}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"DeepSpeed file {file} holds no zero_optimization with a stage ({error})") from None
+    if settings.get("gradient_accumulation_steps", 1) != 1:
+        raise UserError(NO_ACCUMULATION)
+    others = [key for key in settings if key not in ("zero_optimization", "gradient_accumulation_steps")]
+    if others or stage not in (1, 2, 3):
+        what = f"sets {others[0]}" if others else f"has stage {stage}"
+        raise UserError(
+            f"DeepSpeed file {file} {what}: it holds zero_optimization alone, of stage 1, 2 or 3; precision, batch and"
+            " learning rate are configuration keys"
+        )
+    section: dict[str, Any] = settings["zero_optimization"]
+    return section
 
 
-def _column(values: Tensor, like: Tensor) -> Tensor:
-    """(C,) -> (1,C,1,...) to go with `like`."""
-    return values.view(1, -1, *[1] * (like.dim() - 2))
+def _deepspeed(zero: dict[str, Any], ranks: int, use_cpu: bool) -> DeepSpeedPlugin:
+    """accelerate's plugin for both players: their engines differ in nothing but the module."""
+    if use_cpu:
+        os.environ |= {"DS_ACCELERATOR": "cpu", "ACCELERATE_TORCH_DEVICE": "cpu"}
+        os.environ.pop("ACCELERATE_USE_CPU", None)  # accelerate would take it for a wish to leave DeepSpeed away
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    settings = {
+        "zero_optimization": zero,
+        "gradient_clipping": 0.0,  # accelerate would make it 1.0, under DeepSpeed only
+        "gradient_accumulation_steps": 1,
+        # Must be whole numbers that fit each other; DeepSpeed only reports with them, no loader of its is used.
+        "train_micro_batch_size_per_gpu": 1,
+        "train_batch_size": ranks,
+    }
+    try:
+        return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
+    except ValueError as error:
+        raise UserError(
+            f"accelerate refuses its DeepSpeed settings: {error}; compare launchers/accelerate/zero2.yaml"
+        ) from None
+    except ImportError as error:
+        raise UserError(f"DeepSpeed was asked for and is not installed whole ({error}): pip install"
+                        " 'sega-dist[deepspeed]'") from None  # fmt: skip
+
+
+def _name_interface() -> None:
+    """Tell gloo the network interface that leads to rank 0; by itself it takes the host name's, often the loopback."""
+    import psutil  # accelerate brings it
+
+    if os.environ.get("GLOO_SOCKET_IFNAME"):
+        return
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((os.environ["MASTER_ADDR"], 1))  # sends nothing: asks the routing table
+        own = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(address.address == own for address in addresses):
+                os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+def _digest(text: str) -> Tensor:
+    return torch.tensor(list(hashlib.sha256(text.encode()).digest()[:8]), dtype=torch.uint8)

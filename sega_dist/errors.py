@@ -12,6 +12,7 @@ BAD_DATA = 65  # data that turn bad during a run
 INTERNAL = 70  # a mistake of ours
 NON_FINITE = 71  # a loss or a weight that is not a finite number
 DISK = 74  # no space left, or a file system that cannot be written
+LOST_RANK = 75  # another process died or cannot be reached: try again
 PREEMPTED = 85  # asked to stop; a checkpoint was saved
 
 NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from sega_dist import config as configuration
 from sega_dist.checkpoint import Checkpoint, save_checkpoint, save_snapshot
@@ -31,6 +32,7 @@ from sega_dist.objectives import Batch, Noise
 from sega_dist.players import Players, plan_kernels
 from sega_dist.preview import Preview
 from sega_dist.stats import Report, Sums, memory_gb
+from sega_dist.tracing import traced_steps
 from sega_dist.weights import load_vgg19
 
 
@@ -38,15 +40,12 @@ class Training:
     """One run: clock and reports. The players are asked for steps, the world for agreement."""
 
     def __init__(self, world: World, config: Config, manifest: Manifest, out: Path, vgg19: Path | None,
-                 checkpoint: Checkpoint | None):  # fmt: skip
+                 checkpoint: Checkpoint | None, is_profiled: bool = False):  # fmt: skip
         self.world, self.config, self.manifest, self.out = world, config, manifest, out
         self.nimg = checkpoint.nimg if checkpoint else 0
         self.bad_samples = 0
         self.stop_signal = 0
-        if config.train.batch_size % self.world.size:
-            raise UserError(
-                f"train.batch_size {config.train.batch_size} does not divide by {self.world.size} processes"
-            )
+        self.trace = out / "profile" if is_profiled else None
         self._build(vgg19)
         if checkpoint:
             self._restore(checkpoint)
@@ -75,57 +74,54 @@ class Training:
         """Steps until `train.images` are seen, or a signal asks to stop; either way a checkpoint stands at the end."""
         train = self.config.train
         sums, waited, since, began = Sums(), 0.0, self.nimg, time.perf_counter()
-        ranks = f"{self.world.size} x {self.world.device.type}, {train.precision}"
+        ranks = f"{self.world.size} x {self.world.device.type}, {self.world.engine}, {train.precision}"
         self.report.say(f"{ranks}: from image {self.nimg:,} to {train.images:,} -> {self.out}")
         ops = ", ".join(f"{op} {impl}" for op, impl in self.ops.items())
         self.report.say(f"kernels {self.config.kernels}: {ops}")
         loader = self._loader()
-        while self.nimg < train.images:
-            start = time.perf_counter()
-            sample = next(loader)
-            waited += time.perf_counter() - start
-            self.bad_samples += int(sample.damaged.sum())
-            batch = self._batch(sample.image)
-            is_stopping = self.world.any(self.stop_signal != 0)
-            last = self.nimg + train.batch_size >= train.images or is_stopping
-            is_saving = last or self._crosses(train.checkpoint_kimg)
-            is_grid = last or self._crosses(train.grid_kimg)
-            is_tick = is_saving or is_grid or self._crosses(train.tick_kimg)
-            sums.add(self.players.step(batch, self.nimg, is_tick))
-            self.nimg += train.batch_size
-            if is_tick:
-                spent = time.perf_counter() - began
-                entry = self._entry(sums, (self.nimg - since) / spent, waited / spent)
-                if is_grid:
-                    entry |= self.preview.show(self.report, self.players.snapshot, self.nimg)
-                self.report.tick(entry)
-                if is_saving:
-                    self.save()
-                    self.report.curves()
-                waited, since, began = 0.0, self.nimg, time.perf_counter()
-            if is_stopping:
-                self.report.say(f"stopped at {self.nimg:,} images; continue with --resume latest")
-                sys.exit(PREEMPTED)
+        with traced_steps(self.trace, self.world.rank) as step_is_over:
+            while self.nimg < train.images:
+                start = time.perf_counter()
+                with record_function("data"):
+                    sample = next(loader)
+                    waited += time.perf_counter() - start
+                    batch = self._batch(sample.image)
+                self.bad_samples += int(sample.damaged.sum())
+                is_stopping = self.world.any(self.stop_signal != 0)
+                last = self.nimg + train.batch_size >= train.images or is_stopping
+                is_saving = last or self._crosses(train.checkpoint_kimg)
+                is_grid = last or self._crosses(train.grid_kimg)
+                is_tick = is_saving or is_grid or self._crosses(train.tick_kimg)
+                sums.add(self.players.step(batch, self.nimg, is_tick))
+                self.nimg += train.batch_size
+                step_is_over()
+                if is_tick:
+                    spent = time.perf_counter() - began
+                    entry = self._entry(sums, (self.nimg - since) / spent, waited / spent)
+                    if is_grid:
+                        entry |= self.preview.show(self.report, self.players.snapshot(), self.nimg)
+                    self.report.tick(entry)
+                    if is_saving:
+                        self.save()
+                        self.report.curves()
+                    waited, since, began = 0.0, self.nimg, time.perf_counter()
+                if is_stopping:
+                    self.report.say(f"stopped at {self.nimg:,} images; continue with --resume latest")
+                    sys.exit(PREEMPTED)
         self.report.say(f"done: {self.out}")
 
     def save(self) -> None:
         """A checkpoint and a snapshot at this position, of weights that are finite numbers."""
-        for name, player in (("generator", self.players.generator), ("discriminator", self.players.discriminator)):
-            if player and not player.is_finite():
-                self._refuse(f"a weight of the {name}")
+        for name, player in self.players.by_name.items():
+            if not player.is_finite():
+                self._refuse(f"a weight or a gradient of the {name}")
+        tensors, snapshot = self.players.full_state(), self.players.snapshot()
         if self.world.is_main:
-            tensors = {"generator": self.players.generator.full_state()}
-            if self.players.discriminator:
-                tensors["discriminator"] = self.players.discriminator.full_state()
-            if self.players.ema:
-                tensors["ema"] = {
-                    name: t.cpu().contiguous() for name, t in self.players.ema.module.state_dict().items()
-                }
             save_checkpoint(
                 self.out, self.nimg, self.config, self.manifest.digest, self.vgg19_digest, self.versions, tensors,
                 self.config.train.keep,
             )  # fmt: skip
-            save_snapshot(self.out, self.nimg, self.config, self.players.snapshot)
+            save_snapshot(self.out, self.nimg, self.config, snapshot)
         self.world.barrier()
 
     def _build(self, vgg19: Path | None) -> None:
@@ -137,6 +133,7 @@ class Training:
         if features is not None:
             with self.world.local_main_first():
                 self.vgg19_digest = load_vgg19(features, vgg19)
+            self.world.agree({"the VGG19 weight file": self.vgg19_digest})
         torch.manual_seed(self.config.train.seed)
         self.players = Players(self.world, self.config, features)
 
@@ -147,11 +144,7 @@ class Training:
                 f" {str(self.vgg19_digest)[:12]}): give the same file by --vgg19"
             )
         try:
-            self.players.generator.load_full_state(checkpoint.tensors["generator"])
-            if self.players.discriminator:
-                self.players.discriminator.load_full_state(checkpoint.tensors["discriminator"])
-            if self.players.ema:
-                self.players.ema.module.load_state_dict(checkpoint.tensors["ema"])
+            self.players.load_full_state(checkpoint.tensors)
         except (KeyError, RuntimeError) as error:
             raise UserError(f"{checkpoint.folder} does not fit its configuration: {str(error)[:200]}") from None
 
@@ -214,10 +207,14 @@ def make_batch(images: Tensor, first: int, config: Config, dtype: torch.dtype) -
     return Batch(lr, hr, Noise(*(torch.from_numpy(u).to(images.device, dtype) for u in uniform)))
 
 
+def packages() -> dict[str, str]:
+    """What computes, by name and version."""
+    names = ["sega-dist", "torch", "accelerate", "numpy", "pillow", "webdataset", *(["triton"] if HAS_TRITON else [])]
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
+
+
 def versions(world: World) -> dict[str, Any]:
     """What ran: for the run's folder and its checkpoints."""
-    names = ["sega-dist", "torch", "accelerate", "numpy", "pillow", "webdataset", *(["triton"] if HAS_TRITON else [])]
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or platform.machine()
-    return {name: version(name) for name in names} | {
-        "python": platform.python_version(), "device": device, "processes": world.size,
-    }  # fmt: skip
+    engine = {"deepspeed": version("deepspeed")} if world.zero is not None else {}
+    return packages() | engine | {"device": device, "processes": world.size, "engine": world.engine}

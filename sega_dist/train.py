@@ -13,9 +13,9 @@ from sega_dist.arguments import Device, parse
 from sega_dist.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint
 from sega_dist.config import Config
 from sega_dist.data.shards import Manifest, open_manifest
-from sega_dist.distributed import World
+from sega_dist.distributed import WAIT, World, launched_ranks
 from sega_dist.errors import UserError, run
-from sega_dist.loop import Training
+from sega_dist.loop import Training, packages
 from sega_dist.presets import PRESETS, preset
 
 
@@ -27,6 +27,8 @@ class TrainCommand:
     config: Path | None = None  # a JSON file of configuration keys, laid over the preset
     resume: str = ""  # latest, or the path of a checkpoint: continue that run
     vgg19: Path | None = None  # VGG19 weights; else $SEGA_DIST_VGG19, else torch.hub's cache or a download
+    timeout: int = WAIT  # seconds that a process waits for the others before it gives up
+    profile: bool = False  # write RUN/profile/trace-RANK.json: what the first steps spend their time on
     device: Device = "auto"  # auto: the GPU where there is one; several processes on CPUs beside a GPU need cpu
     dry_run: bool = False  # print the resolved configuration and stop
 
@@ -47,10 +49,12 @@ def main(argv: list[str] | None = None) -> None:
     if command.data is None or command.out is None:
         raise UserError("train needs --data SHARDS and --out RUN")
     manifest = open_manifest(command.data)
-    check(command.out, config, manifest, checkpoint)
-    world = World(config.train.precision, command.device)
-    with Training(world, config, manifest, command.out, command.vgg19, checkpoint) as training:
-        training.run()
+    check(command.out, config, manifest, checkpoint, launched_ranks())
+    world = World(config.train.precision, command.device, command.timeout)
+    with world.naming_lost_ranks():
+        agree(world, config, manifest, checkpoint)
+        with Training(world, config, manifest, command.out, command.vgg19, checkpoint, command.profile) as training:
+            training.run()
 
 
 def resolve(argv: list[str]) -> tuple[TrainCommand, Config, Checkpoint | None]:
@@ -76,7 +80,7 @@ def resolve(argv: list[str]) -> tuple[TrainCommand, Config, Checkpoint | None]:
     return parsed.command, configuration.validate(parsed.config), checkpoint
 
 
-def check(out: Path, config: Config, manifest: Manifest, checkpoint: Checkpoint | None) -> None:
+def check(out: Path, config: Config, manifest: Manifest, checkpoint: Checkpoint | None, ranks: int = 1) -> None:
     """Refuse what would fail later: a data set of another size, a used folder, a checkpoint of another run."""
     if manifest.size != config.data.size:
         raise UserError(
@@ -84,6 +88,11 @@ def check(out: Path, config: Config, manifest: Manifest, checkpoint: Checkpoint 
             f" shard with --size {config.data.size}, or train with --data.size {manifest.size}"
         )
     manifest.side("train")
+    if config.train.batch_size % ranks:
+        raise UserError(
+            f"train.batch_size {config.train.batch_size} does not divide by {ranks} processes: it is the number of"
+            f" images a step over all of them; {-(-config.train.batch_size // ranks) * ranks} would do"
+        )
     if checkpoint is None or checkpoint.folder.resolve().parent.parent != out.resolve():
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists and is not an empty folder; go on with --resume latest, or name another")
@@ -104,6 +113,16 @@ def check(out: Path, config: Config, manifest: Manifest, checkpoint: Checkpoint 
             f"{checkpoint.folder} was trained on data set {checkpoint.data_digest[:12]}, {manifest.folder} is"
             f" {manifest.digest[:12]}: resuming on other images would not continue that run"
         )
+
+
+def agree(world: World, config: Config, manifest: Manifest, checkpoint: Checkpoint | None) -> None:
+    """Refuse ranks that would not train the same run."""
+    position = checkpoint.nimg if checkpoint else 0
+    world.agree(
+        configuration.flat(configuration.to_dict(config))
+        | {f"the version of {name}": version for name, version in packages().items()}
+        | {"the data set's manifest": manifest.digest, "the position to resume from": position}
+    )
 
 
 if __name__ == "__main__":

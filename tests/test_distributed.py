@@ -1,44 +1,21 @@
 """Global batch norm against torch's over the whole batch, gradients through global means, players' state."""
 
 import copy
-import os
-import socket
-from collections.abc import Callable
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from ranks import on_ranks
 from torch import nn
 
-from sega_dist.distributed import GlobalBatchNorm, Player, World
+from sega_dist.batchnorm import GlobalBatchNorm
+from sega_dist.distributed import World
+from sega_dist.engines import Player
 from sega_dist.losses import rals_d, rals_g
 
-N, TIMEOUT = 12, timedelta(seconds=60)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def on_ranks(work: Callable[[int, int, Path], None], ranks: int, out: Path) -> list:
-    """Run `work(rank, ranks, out)` in as many gloo processes; what each saved to OUT/RANK.pt."""
-    mp.spawn(_enter, (work, ranks, free_port(), out), nprocs=ranks)
-    return [torch.load(out / f"{rank}.pt") for rank in range(ranks)]
-
-
-def _enter(rank: int, work: Callable[[int, int, Path], None], ranks: int, port: int, out: Path) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    dist.init_process_group("gloo", rank=rank, world_size=ranks, timeout=TIMEOUT)
-    work(rank, ranks, out)
-    dist.destroy_process_group()
+N = 12
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,7 +24,8 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor]:
     return x * 3 + 100, upstream  # a mean far from zero: where a sum of squares would cancel
 
 
-def batch_norm(rank: int, ranks: int, out: Path) -> None:
+def batch_norm(rank: int, ranks: int) -> tuple[torch.Tensor, ...]:
+    World(device="cpu", timeout=60)
     x, upstream = (t.chunk(ranks)[rank].clone() for t in inputs())
     norm = nn.BatchNorm2d(3).double()
     nn.init.constant_(norm.weight, 1.3)
@@ -56,8 +34,8 @@ def batch_norm(rank: int, ranks: int, out: Path) -> None:
     (y * upstream).sum().backward()
     for p in module.parameters():
         dist.all_reduce(p.grad)
-    torch.save((y.detach(), x.grad, module.weight.grad, module.bias.grad, module.running_mean, module.running_var,
-                norm.running_var), out / f"{rank}.pt")  # fmt: skip
+    return (y.detach(), x.grad, module.weight.grad, module.bias.grad, module.running_mean, module.running_var,
+            norm.running_var)  # fmt: skip
 
 
 @pytest.mark.distributed
@@ -77,13 +55,14 @@ def test_global_batch_norm_is_batch_norm_over_all_ranks(ranks: int, tmp_path: Pa
             torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-11)
 
 
-def relativistic(rank: int, ranks: int, out: Path, impl: str) -> None:
+def relativistic(rank: int, ranks: int, impl: str) -> tuple[torch.Tensor, ...]:
+    world = World(device="cpu", timeout=60)
     scores = torch.randn(2, N, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     real, fake = (s.chunk(ranks)[rank].clone().requires_grad_() for s in scores)
-    means = World.global_means(SimpleNamespace(size=ranks), real, fake)
+    means = world.global_means(real, fake)
     loss = rals_d(real, fake, *means, impl) + 3 * rals_g(real, fake, *means, impl)
     gradients = torch.autograd.grad(loss, [real, fake])
-    torch.save((loss.detach(), *gradients), out / f"{rank}.pt")
+    return loss.detach(), *gradients
 
 
 @pytest.mark.distributed

@@ -13,28 +13,41 @@ from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
+from sega_dist.config import Config, DataConfig, GeneratorConfig, LossConfig, TrainConfig
 from sega_dist.data.pairs import bicubic
 from sega_dist.data.synthetic import face
+from sega_dist.distributed import World
 from sega_dist.ema import Ema
 from sega_dist.errors import UserError
 from sega_dist.kernels.upconv_act import upconv_act
 from sega_dist.metrics import luminance, scores
 from sega_dist.networks.vgg19 import CONV3_3, Vgg19
 from sega_dist.pictures import Panel, curves, grid, to_tensor
+from sega_dist.players import Players
 from sega_dist.stats import Report, Sums
 from sega_dist.weights import VARIABLE, load_vgg19
 
 
-def test_ema_halves_the_distance_in_its_half_life_and_copies_buffers():
-    module = nn.BatchNorm2d(2)
-    ema = Ema(module, half_life=100)
-    nn.init.constant_(module.weight, 3.0)
-    module.running_mean.fill_(7.0)
+def test_ema_halves_the_distance_in_its_half_life():
+    weight = torch.ones(2)
+    ema = Ema(lambda: [weight], half_life=100)
+    weight += 2
     for _ in range(10):
         ema.update(images=10, seen=10**9)
-    torch.testing.assert_close(ema.module.weight, torch.full((2,), 2.0))
-    assert torch.equal(ema.module.running_mean, torch.full((2,), 7.0))
-    assert not any(p.requires_grad for p in ema.module.parameters())
+    torch.testing.assert_close(ema.averages, [torch.full((2,), 2.0)])
+
+
+def test_a_snapshot_is_the_average_with_the_latest_statistics():
+    config = Config(data=DataConfig(size=32), generator=GeneratorConfig(channels=8, nested_blocks=1),
+                    loss=LossConfig(w_content=0, w_pixel=1, w_adv=0), train=TrainConfig(ema_kimg=1))  # fmt: skip
+    both = Players(World(device="cpu"), config, None)
+    trained = both.generator.raw
+    nn.init.constant_(trained.shallow.bias, 3.0)
+    trained.fusion[1].running_mean.fill_(7.0)
+    shown = both.snapshot()
+    assert not shown.shallow.bias.any()
+    assert torch.equal(shown.fusion[1].running_mean, torch.full((8,), 7.0))
+    assert not shown.training and not any(p.requires_grad for p in shown.parameters())
 
 
 def faces(count: int) -> torch.Tensor:

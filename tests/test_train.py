@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from sega_dist import train
 from sega_dist.config import to_dict
 from sega_dist.data.shards import Manifest
-from sega_dist.distributed import Player
+from sega_dist.engines import Player
 from sega_dist.errors import PREEMPTED, UserError
 from sega_dist.networks.generator import Generator
 from sega_dist.networks.vgg19 import CONV3_3, Vgg19
@@ -266,7 +266,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(manifest: Manifest, tmp_path: P
 
 def test_weights_that_are_not_finite_are_never_saved(manifest: Manifest, tmp_path: Path):
     """The first step's losses are finite and its update is not: the step that would save must refuse."""
-    with pytest.raises(UserError, match=r"a weight of the \w+ is not finite"):
+    with pytest.raises(UserError, match=r"a weight or a gradient of the \w+ is not finite"):
         start(manifest, tmp_path / "run", "--train.learning-rate", 1e39, "--train.images", 12, "--loss.w-adv", 0)
     assert not list((tmp_path / "run").glob("checkpoints/*"))
     assert not list((tmp_path / "run").glob("snapshots/*"))

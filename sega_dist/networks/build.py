@@ -12,18 +12,19 @@ VGG19_SEMANTICS = 512  # channels of the frozen encoder's embedding
 
 
 def build_generator(config: Config) -> Generator:
-    return Generator(config.scale, config.generator, config.norm, config.kernels)
+    return Generator(config.scale, config.generator, config.norm, config.kernels, config.train.activation_checkpointing)
 
 
 def build_discriminator(config: Config) -> nn.Module:
     """The discriminator, with the encoder inside where that is trained with it."""
     semantics = {"vgg19_pool8": VGG19_SEMANTICS, "trainable": 8 * config.encoder.width, "none": 0}[config.encoder.kind]
     bias = {"auto": config.loss.adv == "bce", "yes": True, "no": False}[config.discriminator.last_bias]
-    discriminator = Discriminator(config.hr_size, semantics, bias, config.discriminator, config.norm)
+    is_checkpointing = config.train.activation_checkpointing
+    discriminator = Discriminator(config.hr_size, semantics, bias, config.discriminator, config.norm, is_checkpointing)
     if config.encoder.kind != "trainable":
         return discriminator
     lr_size = config.lr_size if config.discriminator.fake_semantics == "lr" else None
-    encoder = TrainableEncoder(config.hr_size, lr_size, config.encoder.width, config.norm)
+    encoder = TrainableEncoder(config.hr_size, lr_size, config.encoder.width, config.norm, is_checkpointing)
     return EncodingDiscriminator(encoder, discriminator)
 
 

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sega_dist.config import DiscriminatorConfig, NormConfig
+from sega_dist.networks.checkpointing import in_stages, stages_of
 from sega_dist.networks.encoder import TrainableEncoder
 from sega_dist.networks.initial import glorot_
 
@@ -42,8 +43,10 @@ class Discriminator(nn.Module):
     The dense layers of the image branch act on each position, as 1x1 convolutions, since they are drawn before Flatten.
     """
 
-    def __init__(self, size: int, semantics: int, has_last_bias: bool, config: DiscriminatorConfig, norm: NormConfig):
+    def __init__(self, size: int, semantics: int, has_last_bias: bool, config: DiscriminatorConfig, norm: NormConfig,
+                 is_checkpointing: bool = False):  # fmt: skip
         super().__init__()
+        self.is_checkpointing = is_checkpointing  # a stage remembers its input alone
         width = config.width
         self.config = config
         self.image = stages(3, [(multiple * width, s) for multiple, s in IMAGE_STAGES], config.slope, norm)
@@ -61,12 +64,16 @@ class Discriminator(nn.Module):
         glorot_(self)
 
     def forward(self, image: Tensor, embedding: Tensor | None, noise: Tensor) -> Tensor:
-        x = self.dense(self.image(image)).flatten(1)
+        x = self.dense(in_stages(stages_of(self.image), image, self.is_checkpointing)).flatten(1)
         if embedding is not None:
-            x = torch.cat([self.semantics(embedding).flatten(1), x], 1)
-        for layer, uniform in zip(self.head, noise.split(HEAD, 1), strict=True):
-            x = dropout(F.leaky_relu(layer(x), self.config.slope), uniform, self.config.dropout)
-        return self.logit(x)
+            semantics = in_stages(stages_of(self.semantics), embedding, self.is_checkpointing)
+            x = torch.cat([semantics.flatten(1), x], 1)
+        # Whatever autocast did before: logits differ from their mean by little, and these layers cost nothing.
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(noise.dtype)
+            for layer, uniform in zip(self.head, noise.split(HEAD, 1), strict=True):
+                x = dropout(F.leaky_relu(layer(x), self.config.slope), uniform, self.config.dropout)
+            return self.logit(x)
 
 
 class EncodingDiscriminator(nn.Module):

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from sega_dist.config import NormConfig
+from sega_dist.networks.checkpointing import in_stages, stages_of
 from sega_dist.networks.initial import glorot_
 from sega_dist.networks.vgg19 import EMBEDDING_SIDE
 
@@ -33,8 +34,9 @@ class TrainableEncoder(nn.Module):
     Without `lr_size` there is no LR branch: nothing is ever embedded by it where the fake tuple shows SR's semantics.
     """
 
-    def __init__(self, hr_size: int, lr_size: int | None, width: int, norm: NormConfig):
+    def __init__(self, hr_size: int, lr_size: int | None, width: int, norm: NormConfig, is_checkpointing: bool = False):
         super().__init__()
+        self.is_checkpointing = is_checkpointing  # a stage remembers its input alone
         self.hr_size = hr_size
         self.hr = encoder_branch(hr_size, width, norm)
         if lr_size is not None:
@@ -42,4 +44,5 @@ class TrainableEncoder(nn.Module):
         glorot_(self)
 
     def forward(self, image: Tensor) -> Tensor:
-        return self.hr(image) if image.shape[-1] == self.hr_size else self.lr(image)
+        branch = self.hr if image.shape[-1] == self.hr_size else self.lr
+        return in_stages(stages_of(branch), image, self.is_checkpointing)

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from sega_dist.config import GeneratorConfig, Kernels, NormConfig
 from sega_dist.kernels.ridb import ridb
 from sega_dist.kernels.upconv_act import upconv_act
+from sega_dist.networks.checkpointing import in_stages
 from sega_dist.networks.initial import glorot_, icnr_
 
 IDBS = 4  # internal dense blocks in a RIDB (paper figure 3)
@@ -23,6 +24,8 @@ class InternalDenseBlock(nn.Module):
 
 class ResidualInternalDenseBlock(nn.Module):
     """RIDB: r + beta * Ct(four IDBs, each of which adds r), as one op."""
+
+    reads_parameters_below = True  # an engine that spreads parameters must gather those of its submodules too
 
     def __init__(self, channels: int, slope: float, beta: float, kernels: Kernels = "auto"):
         super().__init__()
@@ -51,6 +54,8 @@ class DenseNestedBlock(nn.Module):
 class UpsamplingStage(nn.Module):
     """One doubling: convolution, pixel shuffle, LeakyReLU; (N,C,h,w) -> (N,C,2h,2w)."""
 
+    reads_parameters_below = True
+
     def __init__(self, channels: int, slope: float, kernels: Kernels = "auto"):
         super().__init__()
         self.conv = nn.Conv2d(channels, 4 * channels, 3, padding=1)
@@ -68,8 +73,10 @@ class Generator(nn.Module):
     the one long skip, upsampling (UM), 9x9 output convolution and tanh.
     """
 
-    def __init__(self, scale: int, config: GeneratorConfig, norm: NormConfig, kernels: Kernels = "auto"):
+    def __init__(self, scale: int, config: GeneratorConfig, norm: NormConfig, kernels: Kernels = "auto",
+                 is_checkpointing: bool = False):  # fmt: skip
         super().__init__()
+        self.is_checkpointing = is_checkpointing  # a dense nested block remembers its input alone
         width, doublings = config.channels, scale.bit_length() - 1
         assert 2**doublings == scale
         self.shallow = nn.Conv2d(3, width, 9, padding=4)
@@ -88,5 +95,6 @@ class Generator(nn.Module):
 
     def forward(self, lr: Tensor) -> Tensor:
         shallow = self.shallow(lr)
-        fused = shallow + self.fusion(self.trunk(shallow))
+        deep = in_stages(list(self.trunk), shallow, self.is_checkpointing)
+        fused = shallow + self.fusion(deep)
         return torch.tanh(self.output(self.upsampling(fused)))

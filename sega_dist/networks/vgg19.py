@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 CHANNELS = ((64, 64), (128, 128), (256,) * 4, (512,) * 4, (512,) * 4)  # of each block's convolutions
 CONV3_3 = 7  # convolutions up to and including conv3_3
@@ -44,6 +45,7 @@ class Vgg19(nn.Module):
         """[-1,1] -> ImageNet's mean and standard deviation."""
         return ((image + 1) / 2 - self.mean) / self.std
 
+    @record_function("vgg19")
     def conv3_3(self, image: Tensor) -> Tensor:
         """Features before the ReLU of conv3_3 (paper section 3.4): (N,3,H,W) in [-1,1] -> (N,256,H/4,W/4)."""
         x = self.normalise(image)
@@ -52,6 +54,7 @@ class Vgg19(nn.Module):
         first, second, third = self.ends[2][:3]
         return self.features[third](self._block(x, [first, second]))
 
+    @record_function("vgg19")
     def embed(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Embedded semantics (N,512,8,8) and, from the same pass, conv3_3 before its ReLU (N,256,h,w).
 

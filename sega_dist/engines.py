@@ -1,0 +1,266 @@
+"""What runs a player's optimiser step: one process, DDP, or DeepSpeed's ZeRO-1, 2 and 3."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from sega_dist.batchnorm import with_global_batch_norm
+from sega_dist.distributed import World
+
+PARAMETERS, FIRST, SECOND, STEP = "parameter.", "exp_avg.", "exp_avg_sq.", "step."  # prefixes in a player's state
+MOMENTS = ((FIRST, "exp_avg"), (SECOND, "exp_avg_sq"))
+SCALE, GROWTH = "scaler.scale", "scaler.growth"  # fp16's loss scale, and steps since it last changed
+
+
+class Player:
+    """One side of the game: a module, its Adam optimiser and the engine of both; here one process, or DDP.
+
+    `forward` is the engine's, for the phase that trains this player; `raw` the module itself.
+    """
+
+    def __init__(self, world: World, module: nn.Module, learning_rate: float, betas: tuple[float, float]):
+        self.world = world
+        self.raw = with_global_batch_norm(world.place(module), world.size, world.device.type == "cuda")
+        self.optimizer = torch.optim.Adam(self.raw.parameters(), learning_rate, betas, fused=True)
+        self.scaler = torch.amp.GradScaler(world.device.type) if world.precision == "fp16" else None
+        self.forward = self._engine()
+
+    def _engine(self) -> nn.Module:
+        if self.world.size == 1:
+            return self.raw
+        with warnings.catch_warnings():  # newer torch calls this flag otherwise, accelerate does not yet
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers")
+            engine: nn.Module = self.world.accelerator.prepare_model(self.raw)
+        return engine
+
+    def backward_and_step(self, loss: Tensor) -> None:
+        """One update from the mean over ranks of `loss`'s gradient; with fp16 none if that is not finite."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.scaler is None:
+            loss.backward()
+            self.optimizer.step()
+        else:
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[nn.Module]:
+        """The module itself, without gradient for its parameters but with gradient through it."""
+        self.raw.requires_grad_(False)
+        try:
+            yield self.raw
+        finally:
+            self.raw.requires_grad_(True)
+
+    def parts(self) -> list[Tensor]:
+        """What this rank holds of each parameter."""
+        return list(self.raw.parameters())
+
+    def whole(self, parts: list[Tensor]) -> list[Tensor]:
+        """From every rank's `parts`, or an average of them, to whole tensors. All ranks call it together."""
+        return parts
+
+    @torch.no_grad()
+    def spread(self, whole: list[Tensor], parts: list[Tensor]) -> None:
+        """The inverse of `whole`: fill this rank's `parts`."""
+        for part, tensor in zip(parts, whole, strict=True):
+            part.copy_(tensor)
+
+    @torch.no_grad()
+    def is_finite(self) -> bool:
+        """Whether every parameter is a finite number on every rank; asks the device once."""
+        is_here = bool(torch.stack([part.sum() * 0 for part in self.parts()]).sum() == 0)
+        return not self.world.any(not is_here)
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Parameters, buffers, Adam moments and loss scale by name, on the host, whatever the engine.
+
+        All ranks call it together; the first gets the state, the others nothing.
+        """
+        state = self._gathered()
+        if not self.world.is_main:
+            return {}
+        if self.scaler:
+            values = self.scaler.state_dict()
+            state |= {SCALE: torch.tensor(values["scale"]), GROWTH: torch.tensor(values["_growth_tracker"])}
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+
+    def load_full_state(self, state: dict[str, Tensor]) -> None:
+        """The inverse of `full_state`, from any engine's; KeyError or RuntimeError if it does not fit."""
+        self._scatter(state)
+        if self.scaler:
+            values = {"scale": state[SCALE].item(), "_growth_tracker": int(state[GROWTH])}
+            self.scaler.load_state_dict(self.scaler.state_dict() | values)
+
+    def _gathered(self) -> dict[str, Tensor]:
+        if not self.world.is_main:
+            return {}
+        state = {PARAMETERS + name: tensor for name, tensor in self.raw.state_dict().items()}
+        for name, parameter in self.raw.named_parameters():
+            adam = self.optimizer.state.get(parameter)
+            if adam:
+                state |= {prefix + name: adam[key] for prefix, key in (*MOMENTS, (STEP, "step"))}
+        return state
+
+    def _scatter(self, state: dict[str, Tensor]) -> None:
+        prefixed = {name: tensor for name, tensor in state.items() if name.startswith(PARAMETERS)}
+        self.raw.load_state_dict({name.removeprefix(PARAMETERS): tensor for name, tensor in prefixed.items()})
+        for name, parameter in self.raw.named_parameters():
+            if FIRST + name not in state:
+                continue  # never updated: a run stopped within its warm-up
+            moments = {key: torch.empty_like(parameter).copy_(state[prefix + name]) for prefix, key in MOMENTS}
+            self.optimizer.state[parameter] = moments | {"step": state[STEP + name].to(parameter.device)}
+
+
+class ZeroPlayer(Player):
+    """A player whose optimiser state (ZeRO-1), gradients (2) and parameters (3) are spread over the ranks.
+
+    Its engine steps within backward. Weights, gradients and what travels are fp32 in every precision, as with DDP.
+    """
+
+    def _engine(self) -> nn.Module:
+        from deepspeed.utils import set_z3_leaf_module
+
+        self.skipped = 0  # steps without update, though nothing but fp16's scale may ask for that
+        for module in self.raw.modules():
+            if getattr(module, "reads_parameters_below", False):
+                set_z3_leaf_module(module, True)
+        self.accelerator = Accelerator()  # one for each engine; all share the process's state
+        self.engine, _ = self.accelerator.prepare(_Autocasting(self.raw, self.world), self.optimizer)
+        self.zero = self.engine.optimizer
+        engine: nn.Module = self.engine
+        return engine
+
+    def backward_and_step(self, loss: Tensor) -> None:
+        """One update from the mean over ranks of `loss`'s gradient; none if that is not finite."""
+        if self.scaler is None:
+            self.accelerator.backward(loss)
+            self.skipped += bool(self.zero.overflow)
+            return
+        # DeepSpeed's own scalers either cast the weights or let ranks disagree; its engine takes ours.
+        scale, growth = self.scaler.get_scale(), self.scaler.state_dict()["_growth_tracker"] + 1
+        self.zero.override_loss_scale(scale)
+        self.accelerator.backward(loss)
+        if self.zero.overflow:
+            scale, growth = scale * self.scaler.get_backoff_factor(), 0
+        elif growth == self.scaler.get_growth_interval():
+            scale, growth = scale * self.scaler.get_growth_factor(), 0
+        self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": scale, "_growth_tracker": growth})
+
+    def parts(self) -> list[Tensor]:
+        return [getattr(parameter, "ds_tensor", parameter) for parameter in self.raw.parameters()]
+
+    def whole(self, parts: list[Tensor]) -> list[Tensor]:
+        if not self._is_partitioned:
+            return parts
+        mine = torch.cat([part.flatten() for part in parts])
+        everyone = [torch.empty_like(mine) for _ in range(self.world.size)]
+        dist.all_gather(everyone, mine)
+        pieces = zip(*(theirs.split([part.numel() for part in parts]) for theirs in everyone), strict=True)
+        return [
+            torch.cat(piece)[: parameter.ds_numel].view(parameter.ds_shape)  # type: ignore[attr-defined]
+            for piece, parameter in zip(pieces, self.raw.parameters(), strict=True)
+        ]
+
+    def spread(self, whole: list[Tensor], parts: list[Tensor]) -> None:
+        if not self._is_partitioned:
+            super().spread(whole, parts)
+            return
+        ranks, rank = self.world.size, self.world.rank
+        slices = [
+            F.pad(t.flatten(), (0, p.numel() * ranks - t.numel())).view(ranks, -1)[rank]
+            for t, p in zip(whole, parts, strict=True)
+        ]  # padded where they do not divide by the ranks
+        super().spread(slices, [part.flatten() for part in parts])
+
+    def is_finite(self) -> bool:
+        return self.skipped == 0 and super().is_finite()
+
+    @property
+    def _is_partitioned(self) -> bool:
+        return self.world.zero is not None and self.world.zero["stage"] == 3
+
+    @property
+    def _flat(self) -> list[Tensor]:
+        """The fp32 weights that this rank's Adam updates."""
+        name = "fp32_partitioned_groups_flat" if self._is_partitioned else "single_partition_of_fp32_groups"
+        flat: list[Tensor] = getattr(self.zero, name)
+        return flat
+
+    def _gathered(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        self.engine.empty_partition_cache()  # what a frozen forward gathered stands in the way
+        state = {PARAMETERS + name: buffer for name, buffer in self.raw.named_buffers()}
+        adam = self.zero.optimizer.state.get(self._flat[0])
+        for (name, parameter), weight in zip(self.raw.named_parameters(), self.whole(self.parts()), strict=True):
+            state[PARAMETERS + name] = weight
+            if adam:
+                state |= {prefix + name: safe_get_full_optimizer_state(parameter, key).cpu() for prefix, key in MOMENTS}
+                state[STEP + name] = torch.tensor(float(adam["step"]))
+        return state
+
+    @torch.no_grad()
+    def _scatter(self, state: dict[str, Tensor]) -> None:
+        named = list(self.raw.named_parameters())
+        shapes = {PARAMETERS + name: getattr(p, "ds_shape", p.shape) for name, p in named}
+        shapes |= {PARAMETERS + name: buffer.shape for name, buffer in self.raw.named_buffers()}
+        if shapes != {name: tensor.shape for name, tensor in state.items() if name.startswith(PARAMETERS)}:
+            raise RuntimeError("names or shapes are not this network's")
+        for name, buffer in self.raw.named_buffers():
+            buffer.copy_(state[PARAMETERS + name])
+        self.spread([state[PARAMETERS + name] for name, _ in named], self.parts())
+        has_moments = FIRST + named[0][0] in state
+        if has_moments:
+            self._make_moments(state[STEP + named[0][0]])
+        for name, parameter in named:
+            self._fill_fp32(parameter, None, state[PARAMETERS + name])
+            for prefix, key in MOMENTS if has_moments else ():
+                self._fill_fp32(parameter, key, state[prefix + name])
+
+    def _make_moments(self, step: Tensor) -> None:
+        """Give Adam its state, which it would make in its first step."""
+        adam = self.zero.optimizer
+        for flat in self._flat:
+            count: Any = step.to(flat.device) if isinstance(adam, torch.optim.Adam) else int(step)  # DeepSpeed's own
+            adam.state[flat] = {"step": count, "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
+        if not self._is_partitioned:
+            self.zero._lazy_init_hp_params_optimizer_state()
+
+    def _fill_fp32(self, parameter: nn.Parameter, key: str | None, value: Tensor) -> None:
+        """This rank's part of the weight that Adam updates, or of its moment `key`."""
+        from deepspeed import utils
+
+        if self._is_partitioned:
+            local = (utils.safe_get_local_optimizer_state(parameter, key) if key
+                     else utils.safe_get_local_fp32_param(parameter))  # fmt: skip
+            self.spread([value], [local])
+        elif key:
+            utils.safe_set_full_optimizer_state(parameter, value, key)
+        else:
+            utils.safe_set_full_fp32_param(parameter, value)
+
+
+class _Autocasting(nn.Module):
+    """A module under its own autocast: DeepSpeed's engine leaves any other before it calls."""
+
+    def __init__(self, module: nn.Module, world: World):
+        super().__init__()
+        self.module, self._autocast = module, world.autocast
+
+    def forward(self, *inputs: Any) -> Any:
+        with self._autocast():
+            return self.module(*inputs)
+
+
+def make_player(world: World, module: nn.Module, learning_rate: float, betas: tuple[float, float]) -> Player:
+    """The player for the engine that the launcher chose."""
+    return (Player if world.zero is None else ZeroPlayer)(world, module, learning_rate, betas)
