@@ -135,9 +135,9 @@ class Snapshot:
     device: torch.device
 
 
-def load_snapshot(path: Path, device_name: Device = "cpu") -> Snapshot:
-    """Read a snapshot, or the newest one of a run's folder, to `auto` (the GPU where there is one), `cpu` or `cuda`."""
-    device = _device(device_name)
+def load_snapshot(path: Path, device: Device | torch.device = "cpu") -> Snapshot:
+    """Read a snapshot, or the newest one of a run's folder, to a device, where `auto` is the GPU if there is one."""
+    device = _device(device) if isinstance(device, str) else device
     file = newest_snapshot(path) if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"snapshot {file} does not exist; train makes them in RUN/{SNAPSHOTS}")

@@ -1,5 +1,9 @@
-"""Scores of a snapshot on a split, with bicubic always beside it: `sega-dist evaluate SNAPSHOT --data SHARDS`."""
+"""Scores of a snapshot on a split, with bicubic always beside it: `sega-dist evaluate SNAPSHOT --data SHARDS`.
 
+On several processes by `accelerate launch -m sega_dist.evaluate` with the same arguments.
+"""
+
+import contextlib
 import csv
 import dataclasses
 import json
@@ -15,16 +19,18 @@ from rich.table import Table
 from torch import Tensor
 
 from sega_dist.arguments import Device, SnapshotPath, parse
-from sega_dist.checkpoint import SNAPSHOTS, load_snapshot
+from sega_dist.checkpoint import SNAPSHOTS, Snapshot, load_snapshot
 from sega_dist.data.images import DamagedSample, ShardReader
 from sega_dist.data.pairs import bicubic, to_uint8, to_unit
 from sega_dist.data.shards import open_manifest
+from sega_dist.distributed import WAIT, World
 from sega_dist.errors import UserError, run
 from sega_dist.metrics import NAMES, PROTOCOL, scores
 from sega_dist.pictures import Panel, grid, to_image
 from sega_dist.progress import progress
 
 SHOWN = 8  # rows of the picture grid
+METHODS = ("bicubic", "model")
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class EvaluateCommand:
     out: Path | None = None  # folder for the results; default RUN/eval
     batch: int = 8  # images at a time
     save: int = 0  # write LR and SR of the first so many images as PNG to OUT/lr and OUT/sr
+    timeout: int = WAIT  # seconds that a process waits for the others before it gives up
     device: Device = "auto"  # auto: the GPU where there is one
 
 
@@ -53,44 +60,79 @@ def main(argv: list[str] | None = None) -> None:
     folder = command.snapshot if command.snapshot.is_dir() else command.snapshot.parent
     run_folder = folder.parent if folder.name == SNAPSHOTS else folder
     command = dataclasses.replace(command, out=command.out or run_folder / "eval")
-    results = evaluate(command)
-    Console().print(table(results))
-    print(f"results in {command.out}: metrics.json, per_image.csv, grid.png")
+    world = World(device=command.device, timeout=command.timeout)
+    try:
+        with world.naming_lost_ranks():
+            results = evaluate(command, world)
+    finally:
+        world.close()
+    if world.is_main:
+        Console().print(table(results))
+        print(f"results in {command.out}: metrics.json, per_image.csv, grid.png")
 
 
-def evaluate(command: EvaluateCommand) -> dict[str, Any]:
-    """Evaluate and write metrics.json, per_image.csv and grid.png; returns what stands in metrics.json."""
+def evaluate(command: EvaluateCommand, world: World) -> dict[str, Any]:
+    """Evaluate and write metrics.json, per_image.csv and grid.png; returns what stands in metrics.json.
+
+    Ranks share the batches, not the images of one, so that the scores are the same bits for any number of ranks.
+    """
     assert command.out is not None
     if command.batch < 1:
         raise UserError("--batch must be 1 or more")
-    snapshot = load_snapshot(command.snapshot, command.device)
+    snapshot = load_snapshot(command.snapshot, world.device)
     manifest, scale = open_manifest(command.data), snapshot.config.scale
     reader = ShardReader(manifest, command.split)
-    command.out.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
-    pictures: list[list[Panel]] = []
-    with progress(f"evaluating {command.split}", len(reader)) as advance:
-        for start in range(0, len(reader), command.batch):
-            numbers = range(start, min(start + command.batch, len(reader)))
-            hr, names = read_whole(reader, numbers)
-            lr, methods = super_resolve(snapshot.generator, scale, hr.to(snapshot.device))
-            values = {method: scores(hr.to(snapshot.device), sr) for method, sr in methods.items()}
-            for i, name in enumerate(names):
-                row = {m: {key: float(v[i]) for key, v in metrics.items()} for m, metrics in values.items()}
-                rows.append(Row(name, row))
-                if start + i < command.save:
-                    _save(command.out, name, {"lr": lr[i], "sr": methods["model"][i]})
-                if len(pictures) < SHOWN:
-                    pictures.append(list(_panels(hr[i], lr[i], {m: sr[i] for m, sr in methods.items()}, row)))
-            advance(len(names))
     protocol = PROTOCOL | {
         "scale": scale, "split": command.split, "data": manifest.digest, "data_split": manifest.split,
         "crop_of_source": manifest.crop, "nimg": snapshot.nimg, "device": snapshot.device.type,
         "lr": "bicubic, antialiased, a = -0.5, rounded to 8 bits",
     }  # fmt: skip
+    world.agree(protocol | {"--batch": command.batch, "--save": command.save})
+    command.out.mkdir(parents=True, exist_ok=True)
+    values, shown = _score(command, world, snapshot, reader)
+    rows = [Row(reader.name(i), {m: dict(zip(NAMES, v, strict=True)) for m, v in zip(METHODS, row, strict=True)})
+            for i, row in enumerate(values.tolist())] if world.is_main else []  # fmt: skip
+    if not world.is_main:
+        return {}
     results = {"protocol": protocol, "images": len(rows), "methods": means(rows)}
-    _write(command.out, results, rows, pictures)
+    _write(command.out, results, rows, _pictures(reader, scale, shown.cpu(), rows))
     return results
+
+
+def _score(command: EvaluateCommand, world: World, snapshot: Snapshot, reader: ShardReader) -> tuple[Tensor, Tensor]:
+    """Scores (images, methods, metrics) of the whole split and the first SR images, the same on every rank."""
+    assert command.out is not None
+    count, side = len(reader), reader.manifest.size
+    values = torch.zeros(count, len(METHODS), len(NAMES), dtype=torch.float64, device=world.device)
+    shown = torch.zeros(min(SHOWN, count), 3, side, side, dtype=torch.uint8, device=world.device)
+    seen = torch.zeros(count, dtype=torch.int32, device=world.device)
+    mine = [range(start, min(start + command.batch, count)) for start in range(0, count, command.batch)]
+    mine = mine[world.rank :: world.size]
+    share = f", share 1 of {world.size}" if world.size > 1 else ""
+    bar = progress(f"evaluating {command.split}{share}", sum(map(len, mine)))
+    with bar if world.is_main else contextlib.nullcontext(lambda _: None) as advance:
+        for numbers in mine:
+            start, rows = numbers[0], slice(numbers[0], numbers[-1] + 1)
+            hr, names = read_whole(reader, numbers)
+            lr, methods = super_resolve(snapshot.generator, snapshot.config.scale, hr.to(world.device))
+            for m, method in enumerate(METHODS):
+                by_metric = scores(hr.to(world.device), methods[method])
+                values[rows, m] = torch.stack([by_metric[name].double() for name in NAMES], 1)
+            seen[rows] += 1
+            shown[rows] = methods["model"][: len(shown[rows])]
+            for i in numbers[: max(0, command.save - start)]:
+                _save(command.out, names[i - start], {"lr": lr[i - start], "sr": methods["model"][i - start]})
+            advance(len(names))
+    assert bool((world.sum_of(seen) == 1).all()), "every image is scored exactly once"
+    return world.sum_of(values), world.sum_of(shown)
+
+
+def _pictures(reader: ShardReader, scale: int, sr: Tensor, rows: list[Row]) -> list[list[Panel]]:
+    """Rows of the picture grid for the first images of the split, whose SR is given."""
+    hr, _ = read_whole(reader, range(len(sr)))
+    lr, enlarged = downscaled(hr, scale)
+    return [list(_panels(hr[i], lr[i], {"bicubic": enlarged[i], "model": sr[i]}, rows[i].scores))
+            for i in range(len(sr))]  # fmt: skip
 
 
 def read_whole(reader: ShardReader, numbers: range) -> tuple[Tensor, list[str]]:
@@ -101,12 +143,18 @@ def read_whole(reader: ShardReader, numbers: range) -> tuple[Tensor, list[str]]:
         raise UserError(f"{reader.manifest.folder} is damaged: {error}; sega-dist verify names every shard") from None
 
 
+def downscaled(hr: Tensor, scale: int) -> tuple[Tensor, Tensor]:
+    """LR of HR (N,3,S,S) uint8, and its bicubic enlargement."""
+    height, width = hr.shape[2:]
+    lr = bicubic(hr, height // scale, width // scale)
+    return lr, bicubic(lr, height, width)
+
+
 @torch.no_grad()
 def super_resolve(generator: torch.nn.Module, scale: int, hr: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
     """LR of HR (N,3,S,S) uint8, and each method's SR at HR's size, all uint8."""
-    height, width = hr.shape[2:]
-    lr = bicubic(hr, height // scale, width // scale)
-    return lr, {"bicubic": bicubic(lr, height, width), "model": to_uint8(generator(to_unit(lr)))}
+    lr, enlarged = downscaled(hr, scale)
+    return lr, {"bicubic": enlarged, "model": to_uint8(generator(to_unit(lr)))}
 
 
 def means(rows: list[Row]) -> dict[str, dict[str, float | None]]:

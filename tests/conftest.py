@@ -53,17 +53,17 @@ def real_data() -> Path:
 
 
 def program(*words: object, ranks: int = 0, timeout: float = 240, env: dict[str, str] | None = None,
-            code: int = 0) -> subprocess.CompletedProcess[str]:  # fmt: skip
-    """Run `sega-dist WORDS`, or with `ranks` its training under accelerate launch; check the exit code."""
+            code: int = 0, launcher: str = "cpu") -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """Run `sega-dist WORDS`, or with `ranks` the same under accelerate launch; check the exit code."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     python = [sys.executable, "-m"]
     if ranks:
-        assert words[0] == "train"
-        yaml = ROOT / "launchers/accelerate/cpu.yaml"
+        yaml = ROOT / f"launchers/accelerate/{launcher}.yaml"
         start = [*python, "accelerate.commands.launch", "--config_file", str(yaml), "--num_processes", str(ranks), "-m"]
-        command = [*start, "sega_dist.train", *map(str, words[1:])]
+        command = [*start, f"sega_dist.{words[0]}", *map(str, words[1:])]
+        environment.pop("ACCELERATE_USE_CPU", None)  # the launcher's file and --device decide
     else:
         command = [*python, "sega_dist", *map(str, words)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=ROOT)
     assert done.returncode == code, f"exit {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done

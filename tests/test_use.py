@@ -84,6 +84,21 @@ def test_bicubic_row_is_pillows(manifest: Manifest, faces: Path, snapshot: Path,
         assert float(row["bicubic_psnr"]) == pytest.approx(10 * np.log10(255**2 / error), abs=0.01)
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_any_number_of_processes_scores_every_image_once(
+    manifest: Manifest, snapshot: Path, tmp_path: Path, ranks: int
+):
+    """24 images in batches of 5 divide evenly by nobody; every file is the same to the last bit."""
+    words = ["evaluate", snapshot, "--data", manifest.folder, "--split", "train", "--batch", 5, "--save", 7]
+    program(*words, "--out", tmp_path / "one", "--device", "cpu")
+    program(*words, "--out", tmp_path / "many", "--device", "cpu", ranks=ranks)
+    one, many = ({str(f.relative_to(tmp_path / out)): f.read_bytes() for f in (tmp_path / out).rglob("*.*")}
+                 for out in ("one", "many"))  # fmt: skip
+    assert len(one) == 3 + 2 * 7
+    assert one == many
+
+
 def test_evaluate_writes_into_the_runs_folder_by_default(manifest: Manifest, snapshot: Path):
     evaluate.main([str(snapshot.parent.parent), "--data", str(manifest.folder)])
     assert (snapshot.parent.parent / "eval/metrics.json").is_file()

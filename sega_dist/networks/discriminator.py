@@ -1,5 +1,8 @@
 """The joint discriminator of SEGA-FURN: an image branch, a semantic branch, and a head over both."""
 
+import contextlib
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -35,6 +38,12 @@ def stages(channels: int, widths: list[tuple[int, int]], slope: float, norm: Nor
     return nn.Sequential(*layers)
 
 
+def full_precision(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """No autocast: logits differ from their mean by little, and the layers that make them cost nothing."""
+    has_autocast = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if has_autocast else contextlib.nullcontext()
+
+
 class Discriminator(nn.Module):
     """(image, embedding, noise) -> logits, relativistic or not; paper section 3.3 and figure 2.
 
@@ -68,8 +77,7 @@ class Discriminator(nn.Module):
         if embedding is not None:
             semantics = in_stages(stages_of(self.semantics), embedding, self.is_checkpointing)
             x = torch.cat([semantics.flatten(1), x], 1)
-        # Whatever autocast did before: logits differ from their mean by little, and these layers cost nothing.
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             x = x.to(noise.dtype)
             for layer, uniform in zip(self.head, noise.split(HEAD, 1), strict=True):
                 x = dropout(F.leaky_relu(layer(x), self.config.slope), uniform, self.config.dropout)
