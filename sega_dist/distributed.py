@@ -182,7 +182,7 @@ class World:
                 raise
             lost = self._lost()
             who = f"lost rank {', '.join(map(str, lost))}" if lost else "a collective failed, though all ranks answer"
-            reason = " ".join(str(error).split())[-160:]
+            reason = " ".join(str(error).split()).rpartition("] ")[2][-160:]
             raise UserError(f"{who} of {self.size} ({reason}); start again with --resume latest", LOST_RANK) from error
 
     def _lost(self) -> list[int]:
