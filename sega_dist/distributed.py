@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import socket
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -19,10 +20,11 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor, nn
 
 from sega_dist.arguments import Device
-from sega_dist.errors import LOST_RANK, UserError
+from sega_dist.errors import LOST_RANK, UserError, say
 
 M = TypeVar("M", bound=nn.Module)
 WAIT = 600  # seconds for any collective, unless told otherwise
+GRACE = 15  # seconds more, for what has a bound of its own and should speak first
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher tells each process
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # What a collective says when it fails, whatever the backend; other errors are not about ranks.
@@ -56,18 +58,22 @@ class World:
             ),
             InitProcessGroupKwargs(timeout=wait, backend="gloo" if use_cpu and self.zero is not None else None),
         ]
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        strangers = (
+            f"the {asked} processes did not find each other at {where} within {timeout} s: is the port in use, or a"
+            " machine missing? another --main_process_port may help"
+        )
+        plugin = None if self.zero is None else _deepspeed(self.zero, asked, use_cpu)
         try:
-            plugin = None if self.zero is None else _deepspeed(self.zero, asked, use_cpu)
-            self.accelerator = Accelerator(
-                cpu=use_cpu and plugin is None, mixed_precision="no", kwargs_handlers=handlers, deepspeed_plugin=plugin
-            )
+            with _bounded(timeout + GRACE, strangers):
+                self.accelerator = Accelerator(
+                    cpu=use_cpu and plugin is None,
+                    mixed_precision="no",
+                    kwargs_handlers=handlers,
+                    deepspeed_plugin=plugin,
+                )
         except (dist.DistError, ConnectionError) as error:
-            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise UserError(
-                f"the {asked} processes did not find each other at {where} ({str(error).splitlines()[0][:200]}); is the"
-                " port in use, or a machine missing? another --main_process_port may help",
-                LOST_RANK,
-            ) from None
+            raise UserError(f"{strangers} ({str(error).splitlines()[0][:200]})", LOST_RANK) from None
         self.rank: int = self.accelerator.process_index
         self.size: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
@@ -164,6 +170,7 @@ class World:
             if names:
                 complaints.append(f"rank {rank} differs from rank 0 in {', '.join(names)}")
         if complaints:
+            self.barrier()  # so that nobody leaves before all have read this
             own = "" if self.is_main else f" (rank {self.rank} is on {socket.gethostname()})"
             raise UserError(f"{'; '.join(complaints)}{own}: start every process with the same")
 
@@ -233,6 +240,23 @@ class AllReduceSum(torch.autograd.Function):
         total = grads[0].clone()
         dist.all_reduce(total)
         return total
+
+
+@contextlib.contextmanager
+def _bounded(seconds: float, message: str) -> Iterator[None]:
+    """End this process with `message` if the block takes longer: a stranger at the port may never answer."""
+
+    def give_up() -> None:
+        say("error", message)
+        os._exit(LOST_RANK)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def launched_ranks() -> int:

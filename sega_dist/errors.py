@@ -47,12 +47,12 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
     except (UserError, OSError) as error:
         if is_debug:
             raise
-        _say("error", error if isinstance(error, UserError) else f"{error.strerror or error}: {error.filename or ''}")
+        say("error", error if isinstance(error, UserError) else f"{error.strerror or error}: {error.filename or ''}")
         sys.exit(error.code if isinstance(error, UserError) else DISK if error.errno in NO_ROOM else USAGE)
     except Exception as error:  # a mistake of ours: still one line, and the way to see the rest
         if is_debug:
             raise
-        _say("internal error", f"{type(error).__name__}: {error} (--debug shows the traceback)")
+        say("internal error", f"{type(error).__name__}: {error} (--debug shows the traceback)")
         sys.exit(INTERNAL)
 
 
@@ -60,7 +60,7 @@ def _interrupt(*_: object) -> None:
     raise KeyboardInterrupt
 
 
-def _say(kind: str, message: object) -> None:
+def say(kind: str, message: object) -> None:
     """One line; processes other than the first say which they are."""
     rank = os.environ.get("RANK", "0")
     print(f"{kind}{'' if rank == '0' else f' (rank {rank})'}: {' '.join(str(message).split())}", file=sys.stderr)

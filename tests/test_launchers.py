@@ -1,17 +1,23 @@
 """Every file in launchers/ starts training; two machines train as one does; what is wrong is said on every rank."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL
+from conftest import ROOT, SMALL, program
 from hosts import TIMEOUT, two_hosts
-from ranks import free_port
+from ranks import free_port, on_ranks
 from safetensors.torch import load_file
 
 from sega_dist.data.shards import Manifest
+from sega_dist.distributed import World
+from sega_dist.errors import UserError
 
 pytestmark = pytest.mark.distributed
 
@@ -70,3 +76,174 @@ def test_two_machines_lose_their_cable_say_so_and_go_on(launcher: str, manifest:
     resumed, expected = weights(run, last + 24), weights(alone, last + 24)
     assert resumed.keys() == expected.keys()
     assert all(torch.equal(resumed[name], expected[name]) for name in expected)
+
+
+# Files -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["one_gpu", "gpu", "zero1", "zero2", "zero3"])
+def test_every_file_starts_training_and_a_resume_is_no_stop(launcher: str, manifest: Manifest, tmp_path: Path):
+    """Bit for bit, on this machine's CPUs; the first losses are those of one process."""
+    ranks = 1 if launcher == "one_gpu" else 2
+    words = ["train", *SMALL, "--data", manifest.folder, "--device", "cpu"]
+    program(*words, "--out", tmp_path / "whole", "--train.images", 36, ranks=ranks, launcher=launcher)
+    program(*words, "--out", tmp_path / "run", "--train.images", 12, ranks=ranks, launcher=launcher)
+    resume = ["train", "--data", manifest.folder, "--out", tmp_path / "run", "--resume", "latest", "--device", "cpu"]
+    program(*resume, "--train.images", 36, ranks=ranks, launcher=launcher)
+    resumed, expected = weights(tmp_path / "run", 36), weights(tmp_path / "whole", 36)
+    assert resumed.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(resumed[name], expected[name])] == []
+    snapshots = [load_file(tmp_path / run / "snapshots/snapshot-000000000036.safetensors") for run in ("run", "whole")]
+    assert all(torch.equal(tensor, snapshots[1][name]) for name, tensor in snapshots[0].items())
+    program(*words, "--out", tmp_path / "alone", "--train.images", 12)
+    for name in ("loss_d", "loss_g"):
+        assert stats(tmp_path / "whole")[0][name] == pytest.approx(stats(tmp_path / "alone")[0][name], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+def test_a_run_goes_from_engine_to_engine(manifest: Manifest, tmp_path: Path):
+    """DDP, ZeRO-3 on three ranks, ZeRO-2, one process: the losses of a run that never moved."""
+    words = ["--data", manifest.folder, "--device", "cpu"]
+    program("train", *SMALL, *words, "--out", tmp_path / "whole", "--train.images", 48)
+    route = [("cpu", 2, 12), ("zero3", 3, 24), ("zero2", 2, 36), ("cpu", 0, 48)]
+    for launcher, ranks, images in route:
+        given = [*words, "--resume", "latest"] if images > 12 else [*SMALL, *words]
+        program("train", *given, "--out", tmp_path / "run", "--train.images", images, ranks=ranks, launcher=launcher)
+    for found, expected in zip(stats(tmp_path / "run"), stats(tmp_path / "whole"), strict=True):
+        for name in ("loss_d", "loss_g", "loss_pixel", "d_real"):
+            assert found[name] == pytest.approx(expected[name], rel=5e-3), (expected["nimg"], name)
+
+
+def test_files_hold_no_hyper_parameters():
+    for path in (ROOT / "launchers/deepspeed").glob("*.json"):
+        assert list(json.loads(path.read_text())) == ["zero_optimization"]
+    for path in (ROOT / "launchers/accelerate").glob("*.yaml"):
+        assert not {"gradient_accumulation_steps", "gradient_clipping"} & set(
+            path.read_text().replace(":", " ").split()
+        )
+        assert "mixed_precision: 'no'" in path.read_text() or "DEEPSPEED" in path.read_text()
+
+
+# What is wrong is said on every rank -------------------------------------------------------------------------------
+
+
+def launched(rank: int, ranks: int, port: int, **changes: str | None) -> dict[str, str]:
+    """What a launcher would tell a process, with changes; None leaves a variable away."""
+    told = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), **changes}  # fmt: skip
+    return {**os.environ, "OMP_NUM_THREADS": "1", **{key: value for key, value in told.items() if value is not None}}
+
+
+def by_hand(commands: list[list[object]], environments: list[dict[str, str]]) -> list[tuple[int, str]]:
+    """Exit code and stderr of `sega-dist train` processes started side by side."""
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "sega_dist.train", *map(str, words), "--timeout", "10"],
+            env=environment, cwd=ROOT, text=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        )
+        for words, environment in zip(commands, environments, strict=True)
+    ]  # fmt: skip
+    try:
+        return [(process.wait(60), process.stderr.read()) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def test_ranks_with_different_configurations_are_named(manifest: Manifest, tmp_path: Path):
+    port = free_port()
+    words = [*SMALL, "--data", manifest.folder, "--out", tmp_path / "run", "--device", "cpu"]
+    ended = by_hand([words, [*words, "--train.seed", 1]], [launched(rank, 2, port) for rank in range(2)])
+    for code, stderr in ended:
+        assert code == 2
+        assert "rank 1 differs from rank 0 in train.seed" in stderr
+        assert "Traceback" not in stderr
+    assert not (tmp_path / "run").exists()
+
+
+def disagree(rank: int, ranks: int) -> list[str]:
+    world = World(device="cpu", timeout=20)
+    said = []
+    for facts in ({"same": 1, "the manifest": "ab"[rank == 2]}, {"same": 1, **({"new": 0} if rank else {})}):
+        try:
+            world.agree(facts)
+        except UserError as error:
+            said.append(str(error))
+    world.agree({"same": 1})
+    return said
+
+
+def test_agreement_names_ranks_and_facts(tmp_path: Path):
+    for said in on_ranks(disagree, 3, tmp_path):
+        assert "rank 2 differs from rank 0 in the manifest" in said[0] and "rank 1" not in said[0].split(" (")[0]
+        assert "different versions of sega-dist" in said[1]
+
+
+def test_a_batch_that_does_not_divide_is_refused_on_every_rank(manifest: Manifest, tmp_path: Path):
+    words = ["train", *SMALL, "--data", manifest.folder, "--out", tmp_path / "run", "--device", "cpu"]
+    said = program(*words, "--train.batch-size", 2, ranks=3, code=1).stderr  # more ranks than images, too
+    line = "train.batch_size 2 does not divide by 3 processes"
+    assert f"error: {line}" in said and "3 would do" in said
+    assert f"error (rank 1): {line}" in said and f"error (rank 2): {line}" in said
+    assert "sega_dist/" not in said  # the launcher shows a traceback of its own, this program none
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"MASTER_ADDR": None}, "the launcher did not set MASTER_ADDR"),
+        ({"RANK": "2"}, "do not fit"),
+        ({"WORLD_SIZE": "many"}, "do not fit"),
+        ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "gradient accumulation is not possible here: batch norm"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed was asked for without a file"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "FILE"}, "zero_optimization alone"),
+        (
+            {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": "none.json"},
+            "cannot read DeepSpeed",
+        ),
+    ],
+)
+def test_what_a_launcher_got_wrong_is_one_line(
+    changes: dict, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}))
+    for key, value in launched(0, 2, 29500, **changes).items():
+        monkeypatch.setenv(key, str(file) if value == "FILE" else value)
+    if changes.get("MASTER_ADDR", "") is None:
+        monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(UserError, match=message):
+        World(device="cpu")
+
+
+def test_accumulation_in_a_deepspeed_file_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2}, "gradient_accumulation_steps": 2}))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    with pytest.raises(UserError, match="activation-checkpointing"):
+        World(device="cpu")
+
+
+@pytest.mark.slow
+def test_a_port_in_use_is_one_line_on_every_rank(manifest: Manifest, tmp_path: Path):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        words = [*SMALL, "--data", manifest.folder, "--out", tmp_path / "run", "--device", "cpu"]
+        for code, stderr in by_hand([words] * 2, [launched(rank, 2, port) for rank in range(2)]):
+            assert code == 75
+            assert f"did not find each other at 127.0.0.1:{port}" in stderr and "--main_process_port" in stderr
+            assert "Traceback" not in stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_comes_is_waited_for_and_no_longer(manifest: Manifest, tmp_path: Path):
+    words = [*SMALL, "--data", manifest.folder, "--out", tmp_path / "run", "--device", "cpu"]
+    [(code, stderr)] = by_hand([words], [launched(0, 2, free_port())])
+    assert code == 75
+    assert "the 2 processes did not find each other" in stderr
