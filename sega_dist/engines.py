@@ -19,6 +19,11 @@ MOMENTS = ((FIRST, "exp_avg"), (SECOND, "exp_avg_sq"))
 SCALE, GROWTH = "scaler.scale", "scaler.growth"  # fp16's loss scale, and steps since it last changed
 
 
+def on_host(tensor: Tensor) -> Tensor:
+    """A copy that later steps do not change."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
 class Player:
     """One side of the game: a module, its Adam optimiser and the engine of both; here one process, or DDP.
 
@@ -91,7 +96,7 @@ class Player:
         if self.scaler:
             values = self.scaler.state_dict()
             state |= {SCALE: torch.tensor(values["scale"]), GROWTH: torch.tensor(values["_growth_tracker"])}
-        return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        return {name: on_host(tensor) for name, tensor in state.items()}
 
     def load_full_state(self, state: dict[str, Tensor]) -> None:
         """The inverse of `full_state`, from any engine's; KeyError or RuntimeError if it does not fit."""
@@ -117,7 +122,7 @@ class Player:
             if FIRST + name not in state:
                 continue  # never updated: a run stopped within its warm-up
             moments = {key: torch.empty_like(parameter).copy_(state[prefix + name]) for prefix, key in MOMENTS}
-            self.optimizer.state[parameter] = moments | {"step": state[STEP + name].to(parameter.device)}
+            self.optimizer.state[parameter] = moments | {"step": state[STEP + name].to(parameter.device, copy=True)}
 
 
 class ZeroPlayer(Player):
@@ -230,7 +235,9 @@ class ZeroPlayer(Player):
         """Give Adam its state, which it would make in its first step."""
         adam = self.zero.optimizer
         for flat in self._flat:
-            count: Any = step.to(flat.device) if isinstance(adam, torch.optim.Adam) else int(step)  # DeepSpeed's own
+            count: Any = (
+                step.to(flat.device, copy=True) if isinstance(adam, torch.optim.Adam) else int(step)
+            )  # DeepSpeed's own
             adam.state[flat] = {"step": count, "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
         if not self._is_partitioned:
             self.zero._lazy_init_hp_params_optimizer_state()

@@ -9,7 +9,7 @@ from torch.profiler import record_function
 from sega_dist.config import Config
 from sega_dist.distributed import World
 from sega_dist.ema import Ema
-from sega_dist.engines import Player, make_player
+from sega_dist.engines import Player, make_player, on_host
 from sega_dist.kernels import backend
 from sega_dist.networks.build import build_discriminator, build_generator
 from sega_dist.networks.generator import Generator
@@ -83,7 +83,7 @@ class Players:
         """All that training changes, by file of a checkpoint; on the first rank, but all call it together."""
         state = {name: player.full_state() for name, player in self.by_name.items()}
         if self.ema:
-            state["ema"] = {name: t.cpu().contiguous() for name, t in self.snapshot().state_dict().items()}
+            state["ema"] = {name: on_host(tensor) for name, tensor in self.snapshot().state_dict().items()}
         return state
 
     def load_full_state(self, state: dict[str, dict[str, Tensor]]) -> None:

@@ -36,7 +36,7 @@ FLOORS: list[set[str]] = [
     {"players"},
     {"loop"},
     {"bench.measure"},
-    {"shard", "train", "evaluate", "upscale", "describe", "synthetic", "bench.kernels"},
+    {"shard", "train", "evaluate", "upscale", "describe", "synthetic", "bench.kernels", "bench.scaling"},
     {"bench.gpu"},
     {"cli"},
     {"__main__"},

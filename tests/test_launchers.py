@@ -82,38 +82,43 @@ def test_two_machines_lose_their_cable_say_so_and_go_on(launcher: str, manifest:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["one_gpu", "gpu", "zero1", "zero2", "zero3"])
-def test_every_file_starts_training_and_a_resume_is_no_stop(launcher: str, manifest: Manifest, tmp_path: Path):
-    """Bit for bit, on this machine's CPUs; the first losses are those of one process."""
-    ranks = 1 if launcher == "one_gpu" else 2
+@pytest.mark.parametrize(("launcher", "ranks"), [("one_gpu", 1), ("gpu", 2)])
+def test_files_for_gpus_start_training(launcher: str, ranks: int, manifest: Manifest, tmp_path: Path):
+    """On this machine's CPUs."""
+    words = ["train", *SMALL, "--data", manifest.folder, "--device", "cpu", "--out", tmp_path / "run"]
+    program(*words, "--train.images", 12, ranks=ranks, launcher=launcher)
+    assert len(weights(tmp_path / "run", 12)) > 100
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("launcher", ["zero2", "zero3"])
+def test_a_resume_under_zero_is_no_stop(launcher: str, manifest: Manifest, tmp_path: Path):
+    """Bit for bit, for weights, moments, average and snapshot."""
+    pytest.importorskip("deepspeed")
     words = ["train", *SMALL, "--data", manifest.folder, "--device", "cpu"]
-    program(*words, "--out", tmp_path / "whole", "--train.images", 36, ranks=ranks, launcher=launcher)
-    program(*words, "--out", tmp_path / "run", "--train.images", 12, ranks=ranks, launcher=launcher)
+    program(*words, "--out", tmp_path / "whole", "--train.images", 36, ranks=2, launcher=launcher)
+    program(*words, "--out", tmp_path / "run", "--train.images", 24, ranks=2, launcher=launcher)
     resume = ["train", "--data", manifest.folder, "--out", tmp_path / "run", "--resume", "latest", "--device", "cpu"]
-    program(*resume, "--train.images", 36, ranks=ranks, launcher=launcher)
+    program(*resume, "--train.images", 36, ranks=2, launcher=launcher)
     resumed, expected = weights(tmp_path / "run", 36), weights(tmp_path / "whole", 36)
     assert resumed.keys() == expected.keys()
     assert [name for name in expected if not torch.equal(resumed[name], expected[name])] == []
     snapshots = [load_file(tmp_path / run / "snapshots/snapshot-000000000036.safetensors") for run in ("run", "whole")]
     assert all(torch.equal(tensor, snapshots[1][name]) for name, tensor in snapshots[0].items())
-    program(*words, "--out", tmp_path / "alone", "--train.images", 12)
-    for name in ("loss_d", "loss_g"):
-        assert stats(tmp_path / "whole")[0][name] == pytest.approx(stats(tmp_path / "alone")[0][name], rel=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.deepspeed
 def test_a_run_goes_from_engine_to_engine(manifest: Manifest, tmp_path: Path):
-    """DDP, ZeRO-3 on three ranks, ZeRO-2, one process: the losses of a run that never moved."""
-    words = ["--data", manifest.folder, "--device", "cpu"]
-    program("train", *SMALL, *words, "--out", tmp_path / "whole", "--train.images", 48)
-    route = [("cpu", 2, 12), ("zero3", 3, 24), ("zero2", 2, 36), ("cpu", 0, 48)]
-    for launcher, ranks, images in route:
-        given = [*words, "--resume", "latest"] if images > 12 else [*SMALL, *words]
-        program("train", *given, "--out", tmp_path / "run", "--train.images", images, ranks=ranks, launcher=launcher)
-    for found, expected in zip(stats(tmp_path / "run"), stats(tmp_path / "whole"), strict=True):
-        for name in ("loss_d", "loss_g", "loss_pixel", "d_real"):
-            assert found[name] == pytest.approx(expected[name], rel=5e-3), (expected["nimg"], name)
+    """DDP, ZeRO-1, ZeRO-3, one process, by the program; that no bit is lost on the way is in test_engines.py."""
+    pytest.importorskip("deepspeed")
+    words = ["--data", manifest.folder, "--device", "cpu", "--out", tmp_path / "run"]
+    for launcher, ranks, nimg in (("cpu", 2, 12), ("zero1", 2, 24), ("zero3", 3, 36), ("cpu", 0, 48)):
+        given = [*words, "--resume", "latest"] if nimg > 12 else [*SMALL, *words]
+        program("train", *given, "--train.images", nimg, ranks=ranks, launcher=launcher)
+    assert [line["nimg"] for line in stats(tmp_path / "run")] == [12, 24, 36, 48]
+    assert weights(tmp_path / "run", 48)["generator step.shallow.weight"].item() == 4
 
 
 def test_files_hold_no_hyper_parameters():
@@ -182,12 +187,13 @@ def test_agreement_names_ranks_and_facts(tmp_path: Path):
 
 
 def test_a_batch_that_does_not_divide_is_refused_on_every_rank(manifest: Manifest, tmp_path: Path):
-    words = ["train", *SMALL, "--data", manifest.folder, "--out", tmp_path / "run", "--device", "cpu"]
-    said = program(*words, "--train.batch-size", 2, ranks=3, code=1).stderr  # more ranks than images, too
-    line = "train.batch_size 2 does not divide by 3 processes"
-    assert f"error: {line}" in said and "3 would do" in said
-    assert f"error (rank 1): {line}" in said and f"error (rank 2): {line}" in said
-    assert "sega_dist/" not in said  # the launcher shows a traceback of its own, this program none
+    """More ranks than images is a case of it."""
+    words = [*SMALL, "--data", manifest.folder, "--out", tmp_path / "run", "--device", "cpu", "--train.batch-size", 2]
+    port = free_port()
+    for code, stderr in by_hand([words] * 3, [launched(rank, 3, port) for rank in range(3)]):
+        assert code == 2
+        assert "train.batch_size 2 does not divide by 3 processes" in stderr and "3 would do" in stderr
+        assert len(stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
 
 
