@@ -8,8 +8,10 @@ import os
 import re
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +20,7 @@ import torch.distributed as dist
 from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, parse_flag_from_env
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import _get_default_store
 
 from sega_dist.arguments import Device
 from sega_dist.errors import LOST_RANK, UserError, say
@@ -56,7 +59,11 @@ class World:
             DistributedDataParallelKwargs(
                 broadcast_buffers=False, find_unused_parameters=False, gradient_as_bucket_view=True
             ),
-            InitProcessGroupKwargs(timeout=wait, backend="gloo" if use_cpu and self.zero is not None else None),
+            # A GPU's watchdog ends a process without a word: the host's group, asked every step, must speak first.
+            InitProcessGroupKwargs(
+                timeout=wait if use_cpu else 2 * wait + timedelta(seconds=GRACE),
+                backend="gloo" if use_cpu and self.zero is not None else None,
+            ),
         ]
         where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         strangers = (
@@ -72,8 +79,16 @@ class World:
                     kwargs_handlers=handlers,
                     deepspeed_plugin=plugin,
                 )
-        except (dist.DistError, ConnectionError) as error:
+                # Flags and signals travel over the host, so that asking never waits for the device.
+                self._host_group = dist.new_group(backend="gloo", timeout=wait) if dist.is_initialized() else None
+        except (RuntimeError, ConnectionError) as error:
+            if not COMMUNICATION.search(str(error)):
+                raise
             raise UserError(f"{strangers} ({str(error).splitlines()[0][:200]})", LOST_RANK) from None
+        except ImportError as error:
+            if plugin is None:
+                raise
+            raise UserError(f"DeepSpeed is not installed whole ({error}): pip install 'sega-dist[deepspeed]'") from None
         self.rank: int = self.accelerator.process_index
         self.size: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
@@ -84,8 +99,8 @@ class World:
             )
         tf32 = precision == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-        # Flags and signals travel over the host, so that asking never waits for the device.
-        self._host_group = dist.new_group(backend="gloo", timeout=wait) if self.size > 1 else None
+        # The launcher keeps this store, or rank 0: it outlives a failed collective, which no group does.
+        self._store = dist.PrefixStore("alive", _get_default_store()) if self.size > 1 else None
 
     @property
     def is_main(self) -> bool:
@@ -97,6 +112,11 @@ class World:
         if self.zero is not None:
             return f"ZeRO-{self.zero['stage']}"
         return "DDP" if self.size > 1 else "one process"
+
+    @property
+    def engine_version(self) -> str:
+        """DeepSpeed's, or `torch` where it has no part."""
+        return "torch" if self.zero is None else f"deepspeed {version('deepspeed')}"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -161,6 +181,7 @@ class World:
         mine = torch.stack([_digest(text) for text in (json.dumps(list(facts)), *values)])  # the names come first
         shapes = self._gather(torch.tensor([len(mine)]))
         if len({int(shape) for shape in shapes}) > 1:
+            self.barrier()
             raise UserError("the ranks run different versions of sega-dist: install the same on every machine")
         everyone = self._gather(mine)
         complaints = []
@@ -180,7 +201,7 @@ class World:
         return everyone
 
     @contextlib.contextmanager
-    def naming_lost_ranks(self) -> Iterator[None]:
+    def naming_lost_ranks(self, advice: str) -> Iterator[None]:
         """Around work with collectives: a failed one ends in a UserError that names the ranks out of reach."""
         try:
             yield
@@ -189,31 +210,48 @@ class World:
                 raise
             lost = self._lost()
             who = f"lost rank {', '.join(map(str, lost))}" if lost else "a collective failed, though all ranks answer"
-            reason = " ".join(str(error).split()).rpartition("] ")[2][-160:]
-            raise UserError(f"{who} of {self.size} ({reason}); start again with --resume latest", LOST_RANK) from error
+            reason = " ".join(str(error).split()).rpartition("] ")[2].split(". ")[0]
+            raise UserError(f"{who} of {self.size} ({reason[:160]}); {advice}", LOST_RANK) from error
 
     def _lost(self) -> list[int]:
-        """Ranks that do not answer a greeting in time; those that live greet too: their collective failed as well."""
-        waiting, lost = [], set()
-        for other in set(range(self.size)) - {self.rank}:
-            try:
-                for call in (dist.isend, dist.irecv):
-                    waiting.append((other, call(torch.zeros(1), other, group=self._host_group)))
-            except (RuntimeError, ValueError):
-                lost.add(other)
-        for other, work in waiting:
-            try:
-                if work is not None and other not in lost:
-                    work.wait(self.timeout)
-            except RuntimeError:
-                lost.add(other)
-        return sorted(lost)
+        """Ranks that do not sign in time. Those that live do: their collective failed as well, a timeout later at most.
+
+        Where the store itself is out of reach, so is the machine of rank 0.
+        """
+        missing = set(range(self.size)) - {self.rank}
+        has_answered = threading.Event()
+
+        def sign() -> None:
+            assert self._store is not None
+            with contextlib.suppress(RuntimeError):
+                self._store.set(str(self.rank), "here")
+                while missing:
+                    for rank in sorted(missing):
+                        if self._store.check([str(rank)]):
+                            missing.discard(rank)
+                    has_answered.set()
+                    time.sleep(0.2)
+
+        # A store behind a cut cable answers never: it may only keep a thread waiting that ends with the process.
+        thread = threading.Thread(target=sign, daemon=True)
+        thread.start()
+        thread.join(self.timeout.total_seconds())
+        return sorted(missing) if has_answered.is_set() or self.rank == 0 else [0]
 
     @contextlib.contextmanager
     def local_main_first(self) -> Iterator[None]:
-        """The first process of each machine goes through the block before the others: one download a machine."""
-        with self.accelerator.local_main_process_first():
+        """The first process of each machine goes through the block before the others: one download a machine.
+
+        If it fails there, the others go in too, and fail by themselves.
+        """
+        if not self.accelerator.is_local_main_process:
+            self.barrier()
             yield
+            return
+        try:
+            yield
+        finally:
+            self.barrier()
 
     def barrier(self) -> None:
         """Wait for every rank, at most the timeout."""
@@ -303,6 +341,8 @@ def zero_optimization() -> dict[str, Any] | None:
             " learning rate are configuration keys"
         )
     section: dict[str, Any] = settings["zero_optimization"]
+    if section.get("offload_param") or section.get("offload_optimizer", {}).get("device") not in (None, "none", "cpu"):
+        raise UserError(f"DeepSpeed file {file}: of offloading only offload_optimizer to cpu is supported")
     return section
 
 
@@ -323,12 +363,8 @@ def _deepspeed(zero: dict[str, Any], ranks: int, use_cpu: bool) -> DeepSpeedPlug
     try:
         return DeepSpeedPlugin(hf_ds_config=settings, zero3_init_flag=False)
     except ValueError as error:
-        raise UserError(
-            f"accelerate refuses its DeepSpeed settings: {error}; compare launchers/accelerate/zero2.yaml"
-        ) from None
-    except ImportError as error:
-        raise UserError(f"DeepSpeed was asked for and is not installed whole ({error}): pip install"
-                        " 'sega-dist[deepspeed]'") from None  # fmt: skip
+        reason = str(error).splitlines()[0]
+        raise UserError(f"accelerate refuses: {reason}; compare with launchers/accelerate/zero2.yaml") from None
 
 
 def _name_interface() -> None:

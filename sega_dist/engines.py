@@ -82,8 +82,11 @@ class Player:
     @torch.no_grad()
     def is_finite(self) -> bool:
         """Whether every parameter is a finite number on every rank; asks the device once."""
-        is_here = bool(torch.stack([part.sum() * 0 for part in self.parts()]).sum() == 0)
+        is_here = bool(torch.stack([part.sum() * 0 for part in self._own()]).sum() == 0)
         return not self.world.any(not is_here)
+
+    def _own(self) -> list[Tensor]:
+        return self.parts()
 
     def full_state(self) -> dict[str, Tensor]:
         """Parameters, buffers, Adam moments and loss scale by name, on the host, whatever the engine.
@@ -99,7 +102,11 @@ class Player:
         return {name: on_host(tensor) for name, tensor in state.items()}
 
     def load_full_state(self, state: dict[str, Tensor]) -> None:
-        """The inverse of `full_state`, from any engine's; KeyError or RuntimeError if it does not fit."""
+        """The inverse of `full_state`, from any engine's; KeyError or ValueError if it does not fit."""
+        named = (*self.raw.named_parameters(), *self.raw.named_buffers())
+        shapes = {PARAMETERS + name: getattr(tensor, "ds_shape", tensor.shape) for name, tensor in named}
+        if shapes != {name: tensor.shape for name, tensor in state.items() if name.startswith(PARAMETERS)}:
+            raise ValueError("names or shapes of its weights are not this network's")
         self._scatter(state)
         if self.scaler:
             values = {"scale": state[SCALE].item(), "_growth_tracker": int(state[GROWTH])}
@@ -179,12 +186,19 @@ class ZeroPlayer(Player):
         if not self._is_partitioned:
             super().spread(whole, parts)
             return
-        ranks, rank = self.world.size, self.world.rank
-        slices = [
-            F.pad(t.flatten(), (0, p.numel() * ranks - t.numel())).view(ranks, -1)[rank]
-            for t, p in zip(whole, parts, strict=True)
-        ]  # padded where they do not divide by the ranks
-        super().spread(slices, [part.flatten() for part in parts])
+        super().spread([self._slice(tensor) for tensor in whole], parts)
+
+    def _slice(self, tensor: Tensor) -> Tensor:
+        """What this rank holds of a whole tensor under ZeRO-3; the last ranks' end in zeros if it does not divide."""
+        padding = -tensor.numel() % self.world.size
+        return F.pad(tensor.flatten(), (0, padding)).view(self.world.size, -1)[self.world.rank]
+
+    def _own(self) -> list[Tensor]:
+        """Without the padding, which may hold anything."""
+        if not self._is_partitioned:
+            return self.parts()
+        pairs = zip(self.raw.parameters(), self.parts(), strict=True)
+        return [part[: max(0, p.ds_numel - self.world.rank * part.numel())] for p, part in pairs]  # type: ignore[attr-defined]
 
     def is_finite(self) -> bool:
         return self.skipped == 0 and super().is_finite()
@@ -209,17 +223,16 @@ class ZeroPlayer(Player):
         for (name, parameter), weight in zip(self.raw.named_parameters(), self.whole(self.parts()), strict=True):
             state[PARAMETERS + name] = weight
             if adam:
-                state |= {prefix + name: safe_get_full_optimizer_state(parameter, key).cpu() for prefix, key in MOMENTS}
+                for prefix, key in MOMENTS:
+                    moment = safe_get_full_optimizer_state(parameter, key)
+                    if self.world.is_main:  # one at a time: together they may not fit the device
+                        state[prefix + name] = moment.cpu()
                 state[STEP + name] = torch.tensor(float(adam["step"]))
         return state
 
     @torch.no_grad()
     def _scatter(self, state: dict[str, Tensor]) -> None:
         named = list(self.raw.named_parameters())
-        shapes = {PARAMETERS + name: getattr(p, "ds_shape", p.shape) for name, p in named}
-        shapes |= {PARAMETERS + name: buffer.shape for name, buffer in self.raw.named_buffers()}
-        if shapes != {name: tensor.shape for name, tensor in state.items() if name.startswith(PARAMETERS)}:
-            raise RuntimeError("names or shapes are not this network's")
         for name, buffer in self.raw.named_buffers():
             buffer.copy_(state[PARAMETERS + name])
         self.spread([state[PARAMETERS + name] for name, _ in named], self.parts())
@@ -232,13 +245,13 @@ class ZeroPlayer(Player):
                 self._fill_fp32(parameter, key, state[prefix + name])
 
     def _make_moments(self, step: Tensor) -> None:
-        """Give Adam its state, which it would make in its first step."""
+        """Give Adam its state, which it would make in its first step; what stands already DeepSpeed has linked."""
         adam = self.zero.optimizer
         for flat in self._flat:
-            count: Any = (
-                step.to(flat.device, copy=True) if isinstance(adam, torch.optim.Adam) else int(step)
-            )  # DeepSpeed's own
-            adam.state[flat] = {"step": count, "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
+            moments = adam.state[flat] or {key: torch.zeros_like(flat) for _, key in MOMENTS}
+            # DeepSpeed's own Adam counts on the host.
+            count: Any = step.to(flat.device, copy=True) if isinstance(adam, torch.optim.Adam) else int(step)
+            adam.state[flat] = moments | {"step": count}
         if not self._is_partitioned:
             self.zero._lazy_init_hp_params_optimizer_state()
 
@@ -246,10 +259,11 @@ class ZeroPlayer(Player):
         """This rank's part of the weight that Adam updates, or of its moment `key`."""
         from deepspeed import utils
 
-        if self._is_partitioned:
-            local = (utils.safe_get_local_optimizer_state(parameter, key) if key
-                     else utils.safe_get_local_fp32_param(parameter))  # fmt: skip
-            self.spread([value], [local])
+        value = value.to(self.world.device)
+        if self._is_partitioned and key:
+            utils.safe_set_local_optimizer_state(parameter, self._slice(value), key)
+        elif self._is_partitioned:
+            utils.safe_set_local_fp32_param(parameter, self._slice(value))
         elif key:
             utils.safe_set_full_optimizer_state(parameter, value, key)
         else:

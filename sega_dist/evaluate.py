@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     command = dataclasses.replace(command, out=command.out or run_folder / "eval")
     world = World(device=command.device, timeout=command.timeout)
     try:
-        with world.naming_lost_ranks():
+        with world.naming_lost_ranks("start again"):
             results = evaluate(command, world)
     finally:
         world.close()
@@ -110,19 +110,25 @@ def _score(command: EvaluateCommand, world: World, snapshot: Snapshot, reader: S
     mine = mine[world.rank :: world.size]
     share = f", share 1 of {world.size}" if world.size > 1 else ""
     bar = progress(f"evaluating {command.split}{share}", sum(map(len, mine)))
-    with bar if world.is_main else contextlib.nullcontext(lambda _: None) as advance:
-        for numbers in mine:
-            start, rows = numbers[0], slice(numbers[0], numbers[-1] + 1)
-            hr, names = read_whole(reader, numbers)
-            lr, methods = super_resolve(snapshot.generator, snapshot.config.scale, hr.to(world.device))
-            for m, method in enumerate(METHODS):
-                by_metric = scores(hr.to(world.device), methods[method])
-                values[rows, m] = torch.stack([by_metric[name].double() for name in NAMES], 1)
-            seen[rows] += 1
-            shown[rows] = methods["model"][: len(shown[rows])]
-            for i in numbers[: max(0, command.save - start)]:
-                _save(command.out, names[i - start], {"lr": lr[i - start], "sr": methods["model"][i - start]})
-            advance(len(names))
+    failure = None
+    try:
+        with bar if world.is_main else contextlib.nullcontext(lambda _: None) as advance:
+            for numbers in mine:
+                start, rows = numbers[0], slice(numbers[0], numbers[-1] + 1)
+                hr, names = read_whole(reader, numbers)
+                lr, methods = super_resolve(snapshot.generator, snapshot.config.scale, hr.to(world.device))
+                for m, method in enumerate(METHODS):
+                    by_metric = scores(hr.to(world.device), methods[method])
+                    values[rows, m] = torch.stack([by_metric[name].double() for name in NAMES], 1)
+                seen[rows] += 1
+                shown[rows] = methods["model"][: len(shown[rows])]
+                for i in numbers[: max(0, command.save - start)]:
+                    _save(command.out, names[i - start], {"lr": lr[i - start], "sr": methods["model"][i - start]})
+                advance(len(names))
+    except UserError as error:
+        failure = error
+    if world.any(failure is not None):
+        raise failure or UserError("another process could not read its share of the split; it says what is wrong")
     assert bool((world.sum_of(seen) == 1).all()), "every image is scored exactly once"
     return world.sum_of(values), world.sum_of(shown)
 

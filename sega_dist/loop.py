@@ -65,10 +65,7 @@ class Training:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        try:
-            self.report.close()
-        finally:
-            self.world.close()
+        self.report.close()
 
     def run(self) -> None:
         """Steps until `train.images` are seen, or a signal asks to stop; either way a checkpoint stands at the end."""
@@ -115,7 +112,8 @@ class Training:
         for name, player in self.players.by_name.items():
             if not player.is_finite():
                 self._refuse(f"a weight or a gradient of the {name}")
-        tensors, snapshot = self.players.full_state(), self.players.snapshot()
+        snapshot = self.players.snapshot()
+        tensors = self.players.full_state(snapshot)
         if self.world.is_main:
             save_checkpoint(
                 self.out, self.nimg, self.config, self.manifest.digest, self.vgg19_digest, self.versions, tensors,
@@ -145,7 +143,7 @@ class Training:
             )
         try:
             self.players.load_full_state(checkpoint.tensors)
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, ValueError) as error:
             raise UserError(f"{checkpoint.folder} does not fit its configuration: {str(error)[:200]}") from None
 
     def _loader(self) -> Iterator[Sample]:
@@ -209,12 +207,13 @@ def make_batch(images: Tensor, first: int, config: Config, dtype: torch.dtype) -
 
 def packages() -> dict[str, str]:
     """What computes, by name and version."""
-    names = ["sega-dist", "torch", "accelerate", "numpy", "pillow", "webdataset", *(["triton"] if HAS_TRITON else [])]
-    return {name: version(name) for name in names} | {"python": platform.python_version()}
+    names = ["sega-dist", "torch", "accelerate", "numpy", "pillow", "webdataset"]
+    triton = version("triton") if HAS_TRITON else "absent"
+    return {name: version(name) for name in names} | {"triton": triton, "python": platform.python_version()}
 
 
 def versions(world: World) -> dict[str, Any]:
     """What ran: for the run's folder and its checkpoints."""
     device = torch.cuda.get_device_name() if world.device.type == "cuda" else platform.processor() or platform.machine()
-    engine = {"deepspeed": version("deepspeed")} if world.zero is not None else {}
-    return packages() | engine | {"device": device, "processes": world.size, "engine": world.engine}
+    engine = f"{world.engine} ({world.engine_version})"
+    return packages() | {"device": device, "processes": world.size, "engine": engine}

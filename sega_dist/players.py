@@ -53,13 +53,14 @@ class Players:
                 with self.world.autocast():
                     loss, statistics = self.objective.d_loss(self.discriminator.forward, batch, targets, sr.detach())
                 self.discriminator.backward_and_step(loss)
-            with record_function("G phase"):
-                with self.discriminator.frozen() as frozen, self.world.autocast():
+            # Frozen until the end of backward, where activation checkpointing calls D again.
+            with record_function("G phase"), self.discriminator.frozen() as frozen:
+                with self.world.autocast():
                     if is_tick:
                         statistics |= self.objective.diagnose(frozen, batch, targets, sr.detach())
                     loss, of_generator = self.objective.g_loss(frozen, batch, targets, sr)
-                    statistics |= of_generator
                 self.generator.backward_and_step(loss)
+            statistics |= of_generator
         if self.ema:
             batch_size = self.config.train.batch_size
             self.ema.update(batch_size, nimg + batch_size)
@@ -79,11 +80,11 @@ class Players:
             mine.copy_(its)
         return self.shown
 
-    def full_state(self) -> dict[str, dict[str, Tensor]]:
+    def full_state(self, snapshot: Generator) -> dict[str, dict[str, Tensor]]:
         """All that training changes, by file of a checkpoint; on the first rank, but all call it together."""
         state = {name: player.full_state() for name, player in self.by_name.items()}
         if self.ema:
-            state["ema"] = {name: on_host(tensor) for name, tensor in self.snapshot().state_dict().items()}
+            state["ema"] = {name: on_host(tensor) for name, tensor in snapshot.state_dict().items()}
         return state
 
     def load_full_state(self, state: dict[str, dict[str, Tensor]]) -> None:

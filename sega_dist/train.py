@@ -51,10 +51,13 @@ def main(argv: list[str] | None = None) -> None:
     manifest = open_manifest(command.data)
     check(command.out, config, manifest, checkpoint, launched_ranks())
     world = World(config.train.precision, command.device, command.timeout)
-    with world.naming_lost_ranks():
-        agree(world, config, manifest, checkpoint)
-        with Training(world, config, manifest, command.out, command.vgg19, checkpoint, command.profile) as training:
-            training.run()
+    try:
+        with world.naming_lost_ranks("start again with --resume latest"):
+            agree(world, config, manifest, checkpoint)
+            with Training(world, config, manifest, command.out, command.vgg19, checkpoint, command.profile) as training:
+                training.run()
+    finally:
+        world.close()
 
 
 def resolve(argv: list[str]) -> tuple[TrainCommand, Config, Checkpoint | None]:
@@ -122,6 +125,7 @@ def agree(world: World, config: Config, manifest: Manifest, checkpoint: Checkpoi
         configuration.flat(configuration.to_dict(config))
         | {f"the version of {name}": version for name, version in packages().items()}
         | {"the data set's manifest": manifest.digest, "the position to resume from": position}
+        | {"the DeepSpeed file": world.zero, "the engine": world.engine_version}
     )
 
 

@@ -3,11 +3,12 @@
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+import psutil
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 12  # seconds that ranks wait for each other
@@ -15,6 +16,16 @@ TIMEOUT = 12  # seconds that ranks wait for each other
 
 def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True, timeout=20)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """A launcher with its workers, which have sessions of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+    process.kill()
+    process.wait(20)
 
 
 class Hosts:
@@ -44,7 +55,7 @@ class Hosts:
         if self.has_cable:
             ip("-n", self.names[1], "link", "set", self.interfaces[1], "down")
         else:
-            os.killpg(self.started[-1].pid, signal.SIGKILL)
+            kill(self.started[-1])
 
     def mend(self) -> None:
         if self.has_cable:
@@ -99,8 +110,6 @@ def two_hosts() -> Iterator[Hosts]:
         yield hosts
     finally:
         for process in hosts.started:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait(20)
+            kill(process)
         for name in names:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, timeout=20)

@@ -104,7 +104,11 @@ def play(rank: int, ranks: int, config: Config, steps: int = 3, mutation: str = 
             statistics = both.step(batch, step * N, is_tick=False)
             losses.append(world.mean_of(torch.stack([statistics[key] for key in ("loss_d", "loss_g")])))
     gradients = [p.grad for p in both.discriminator.raw.parameters() if p.grad is not None]
-    return {"losses": torch.stack(losses), "gradients": [g.clone() for g in gradients], "state": both.full_state()}
+    return {
+        "losses": torch.stack(losses),
+        "gradients": [g.clone() for g in gradients],
+        "state": both.full_state(both.snapshot()),
+    }
 
 
 def play_all(rank: int, ranks: int, config: Config, mutations: list[str]) -> dict[str, Any]:
@@ -207,6 +211,8 @@ def hostile(rank: int, ranks: int, engines: list[str], moved: dict[str, Any]) ->
         "first": partial(play, config=TINY, steps=1),
         "moved": partial(move, state=moved),
         "checkpointed": partial(play_conformance, config=with_train(activation_checkpointing=True), steps=3),
+        "bf16 steps": partial(play_conformance, config=with_train(precision="bf16"), steps=2),
+        "fp16 steps": partial(play_conformance, config=with_train(precision="fp16"), steps=2),
         "fp16": partial(overflow, precision="fp16"),
         "fp32": partial(overflow, precision="fp32"),
         "mutant": partial(play_conformance, config=TINY, steps=3, mutation="unfrozen discriminator"),
@@ -228,10 +234,11 @@ def move(rank: int, ranks: int, state: dict[str, Any]) -> dict[str, Any]:
     with conformance_pair():
         both = Players(world, TINY, None)
     both.load_full_state(state)
-    taken = both.full_state()
+    both.load_full_state(state)  # a second time, as a rollback would
+    taken = both.full_state(both.snapshot())
     mine = images(3).chunk(ranks)[rank]
     both.step(make_batch(mine, 3 * N + rank * len(mine), TINY, world.dtype), 3 * N, is_tick=False)
-    return {"taken": taken, "state": both.full_state()}
+    return {"taken": taken, "state": both.full_state(both.snapshot())}
 
 
 def overflow(rank: int, ranks: int, precision: str) -> dict[str, Any]:
@@ -322,6 +329,24 @@ def test_an_overflow_on_one_rank_is_agreed_on_by_all(engine: str, after_hostilit
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.deepspeed
+@zero
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp16", 0.001)])
+def test_lower_precision_under_zero_is_that_under_ddp(
+    engine: str, precision: str, tolerance: float, after_hostility: list
+):
+    """The same scale, the same autocast: gradients to a few roundings, and not those of fp32.
+
+    ZeRO-3 adds the two gradients of the shallow features in another order.
+    """
+    found, expected = (after_hostility[0][name][f"{precision} steps"] for name in (engine, "cpu"))
+    assert distance(found["losses"], expected["losses"]) < 1e-5
+    assert apart(found, expected, "exp_avg.") < tolerance
+    assert apart(found, play_conformance(0, 1, TINY, 2), "exp_avg.") > tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.deepspeed
 @pytest.mark.parametrize("engine", ENGINES)
 def test_activation_checkpointing_under_every_engine(engine: str, after_hostility: list):
     alone = play_conformance(0, 1, TINY, 3)
@@ -374,7 +399,7 @@ def test_what_stays_fp32(precision: str):
     for name, dtypes in seen.items():
         is_head = ".head." in name or name.endswith("logit")
         assert dtypes == {torch.float32 if is_head else world.compute_dtype}, name
-    for tensors in both.full_state().values():
+    for tensors in both.full_state(both.snapshot()).values():
         assert {t.dtype for name, t in tensors.items() if not name.endswith("num_batches_tracked")} <= {
             torch.float32, *([torch.int64, torch.float64] if precision == "fp16" else [])
         }  # fmt: skip

@@ -1,15 +1,19 @@
 """What only a GPU can show: training and scores there are those of the CPU, and compiled kernels are right."""
 
 import json
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import SMALL, program
+from ranks import on_ranks
 from torch import Tensor
 
 from sega_dist import evaluate
+from sega_dist.batchnorm import GlobalBatchNorm
 from sega_dist.bench.kernels import Case, callable_of, errors, limits_of, truth
 from sega_dist.bench.measure import chained
 from sega_dist.checkpoint import save_snapshot
@@ -38,7 +42,7 @@ def test_first_losses_are_the_cpus(manifest: Manifest, tmp_path: Path):
         assert cuda[name] == pytest.approx(cpu[name], rel=1e-3)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_runs_stop_and_go_on(manifest: Manifest, tmp_path: Path, precision: str):
     words = ["--data", manifest.folder, "--out", tmp_path / "run", "--device", "cuda"]
     program("train", *SMALL, *words, "--train.images", 12, "--train.precision", precision, env=ON_GPU)
@@ -161,3 +165,26 @@ def test_index_arithmetic_near_the_limit_is_right_or_refused():
     assert torch.linalg.norm(y[..., -32:, -32:].float() - expected[..., -32:, -32:]) < 0.02 * expected.norm()
     with pytest.raises(ValueError, match="not below 2,147,483,648"):
         backend.plan("triton", {"ridb": [1, 32, side, 2 * side]}, torch.bfloat16, "cuda", 0.2)
+
+
+# Batch norm --------------------------------------------------------------------------------------------------------
+
+
+def sync_and_ours(rank: int, ranks: int) -> list[list[Tensor]]:
+    """Two forwards and one backward of torch's SyncBatchNorm and of ours, two ranks sharing one GPU over gloo."""
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    found = []
+    for make in (torch.nn.SyncBatchNorm, lambda *given, **more: GlobalBatchNorm(torch.nn.BatchNorm2d(*given, **more))):
+        norm = make(8, track_running_stats=False).to("cuda", torch.float64)
+        torch.manual_seed(rank)
+        x = torch.randn(2, 3, 8, 6, 5, device="cuda", dtype=torch.float64).requires_grad_()
+        y = torch.stack([norm(part.contiguous(memory_format=torch.channels_last)) for part in x])
+        (y * torch.arange(y.numel(), device="cuda").view_as(y)).sum().backward()
+        found.append([tensor.detach().cpu() for tensor in (y, x.grad, norm.weight.grad, norm.bias.grad)])
+    return found
+
+
+def test_our_global_batch_norm_is_torchs(tmp_path: Path):
+    for torchs, ours in on_ranks(sync_and_ours, 2, tmp_path):
+        for expected, found in zip(torchs, ours, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sega_dist.config import DiscriminatorConfig, NormConfig
-from sega_dist.networks.checkpointing import in_stages, stages_of
+from sega_dist.networks.checkpointing import in_stages
 from sega_dist.networks.encoder import TrainableEncoder
 from sega_dist.networks.initial import glorot_
 
@@ -73,9 +73,9 @@ class Discriminator(nn.Module):
         glorot_(self)
 
     def forward(self, image: Tensor, embedding: Tensor | None, noise: Tensor) -> Tensor:
-        x = self.dense(in_stages(stages_of(self.image), image, self.is_checkpointing)).flatten(1)
+        x = self.dense(in_stages(self.image, image, self.is_checkpointing)).flatten(1)
         if embedding is not None:
-            semantics = in_stages(stages_of(self.semantics), embedding, self.is_checkpointing)
+            semantics = in_stages(self.semantics, embedding, self.is_checkpointing)
             x = torch.cat([semantics.flatten(1), x], 1)
         with full_precision(x.device):
             x = x.to(noise.dtype)

@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from sega_dist.config import NormConfig
-from sega_dist.networks.checkpointing import in_stages, stages_of
+from sega_dist.networks.checkpointing import in_stages
 from sega_dist.networks.initial import glorot_
 from sega_dist.networks.vgg19 import EMBEDDING_SIDE
 
@@ -45,4 +45,4 @@ class TrainableEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         branch = self.hr if image.shape[-1] == self.hr_size else self.lr
-        return in_stages(stages_of(branch), image, self.is_checkpointing)
+        return in_stages(branch, image, self.is_checkpointing)

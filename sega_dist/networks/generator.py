@@ -95,6 +95,6 @@ class Generator(nn.Module):
 
     def forward(self, lr: Tensor) -> Tensor:
         shallow = self.shallow(lr)
-        deep = in_stages(list(self.trunk), shallow, self.is_checkpointing)
+        deep = in_stages(self.trunk, shallow, self.is_checkpointing)
         fused = shallow + self.fusion(deep)
         return torch.tanh(self.output(self.upsampling(fused)))
