@@ -367,13 +367,13 @@ def test_offloaded_optimiser_state_trains(tmp_path: Path):
 # Precision ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp16", 0.01)])
-def test_lower_precision_tracks_fp32(precision: str, tolerance: float):
-    """Every loss of ten steps on the pair without batch norm; measured 0.4 % and 0.1 %."""
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_lower_precision_tracks_fp32(precision: str):
+    """Every loss of ten steps on the pair without batch norm; measured 0.07 % and 0.06 %."""
     config = dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, precision=precision))
     full, low = play_conformance(0, 1, TINY, 10), play_conformance(0, 1, config, 10)
     print(precision, float(((low["losses"] - full["losses"]) / full["losses"]).abs().max()))
-    assert ((low["losses"] - full["losses"]) / full["losses"]).abs().max() < tolerance
+    assert ((low["losses"] - full["losses"]) / full["losses"]).abs().max() < 0.005
     assert not torch.equal(low["losses"], full["losses"])
 
 
