@@ -27,7 +27,7 @@ from sega_dist.errors import LOST_RANK, UserError, say
 
 M = TypeVar("M", bound=nn.Module)
 WAIT = 600  # seconds for any collective, unless told otherwise
-GRACE = 15  # seconds more, for what has a bound of its own and should speak first
+GRACE = timedelta(seconds=15)  # more, for what has a bound of its own and should speak first
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher tells each process
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # What a collective says when it fails, whatever the backend; other errors are not about ranks.
@@ -48,51 +48,15 @@ class World:
         # accelerate tells its launcher's use_cpu only to a single process: several need to be told by --device cpu.
         wants_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") if device == "auto" else device == "cpu"
         use_cpu = wants_cpu or not torch.cuda.is_available()
-        asked, wait = launched_ranks(), timedelta(seconds=timeout)
+        self.timeout, asked = timedelta(seconds=timeout), launched_ranks()
         self.zero = zero_optimization()  # DeepSpeed's section of that name, or None: DDP or a process alone
         if self.zero is not None and precision == "fp64":
             raise UserError("train.precision fp64 is for proofs, and DeepSpeed computes in fp32 at most: use DDP")
-        if asked > 1:
-            _name_interface()
-        handlers = [
-            # A second forward of the discriminator before its backward must not broadcast over what backward needs.
-            DistributedDataParallelKwargs(
-                broadcast_buffers=False, find_unused_parameters=False, gradient_as_bucket_view=True
-            ),
-            # A GPU's watchdog ends a process without a word: the host's group, asked every step, must speak first.
-            InitProcessGroupKwargs(
-                timeout=wait if use_cpu else 2 * wait + timedelta(seconds=GRACE),
-                backend="gloo" if use_cpu and self.zero is not None else None,
-            ),
-        ]
-        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        strangers = (
-            f"the {asked} processes did not find each other at {where} within {timeout} s: is the port in use, or a"
-            " machine missing? another --main_process_port may help"
-        )
-        plugin = None if self.zero is None else _deepspeed(self.zero, asked, use_cpu)
-        try:
-            with _bounded(timeout + GRACE, strangers):
-                self.accelerator = Accelerator(
-                    cpu=use_cpu and plugin is None,
-                    mixed_precision="no",
-                    kwargs_handlers=handlers,
-                    deepspeed_plugin=plugin,
-                )
-                # Flags and signals travel over the host, so that asking never waits for the device.
-                self._host_group = dist.new_group(backend="gloo", timeout=wait) if dist.is_initialized() else None
-        except (RuntimeError, ConnectionError) as error:
-            if not COMMUNICATION.search(str(error)):
-                raise
-            raise UserError(f"{strangers} ({str(error).splitlines()[0][:200]})", LOST_RANK) from None
-        except ImportError as error:
-            if plugin is None:
-                raise
-            raise UserError(f"DeepSpeed is not installed whole ({error}): pip install 'sega-dist[deepspeed]'") from None
+        self.accelerator, self._host_group = self._join(asked, use_cpu)
         self.rank: int = self.accelerator.process_index
         self.size: int = self.accelerator.num_processes
         self.device: torch.device = self.accelerator.device
-        self.precision, self.timeout = precision, wait
+        self.precision = precision
         if asked != self.size:
             raise UserError(
                 f"the launcher asked for {asked} processes but {self.size} found each other; see launchers/"
@@ -101,6 +65,45 @@ class World:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         # The launcher keeps this store, or rank 0: it outlives a failed collective, which no group does.
         self._store = dist.PrefixStore("alive", _get_default_store()) if self.size > 1 else None
+
+    def _join(self, asked: int, use_cpu: bool) -> tuple[Accelerator, dist.ProcessGroup | None]:
+        """The accelerator, and a group over the hosts for flags and signals, so that asking never waits for the device.
+
+        A GPU's watchdog ends a process without a word: the host's group, asked in every step, gives up before it.
+        """
+        if asked > 1:
+            _name_interface()
+        of_device = self.timeout if use_cpu else 2 * self.timeout + GRACE
+        handlers = [
+            # A second forward of the discriminator before its backward must not broadcast over what backward needs.
+            DistributedDataParallelKwargs(
+                broadcast_buffers=False, find_unused_parameters=False, gradient_as_bucket_view=True
+            ),
+            InitProcessGroupKwargs(timeout=of_device, backend="gloo" if use_cpu and self.zero is not None else None),
+        ]
+        plugin = None if self.zero is None else _deepspeed(self.zero, asked, use_cpu)
+        strangers = (
+            f"the {asked} processes did not find each other at {os.environ.get('MASTER_ADDR')}:"
+            f"{os.environ.get('MASTER_PORT')} within {self.timeout.total_seconds():g} s: is the port in use, or a"
+            " machine missing? another --main_process_port may help"
+        )
+        try:
+            with _bounded(self.timeout + GRACE, strangers):
+                cpu = use_cpu and plugin is None
+                accelerator = Accelerator(
+                    cpu=cpu, mixed_precision="no", kwargs_handlers=handlers, deepspeed_plugin=plugin
+                )
+                return accelerator, dist.new_group(
+                    backend="gloo", timeout=self.timeout
+                ) if dist.is_initialized() else None
+        except (RuntimeError, ConnectionError) as error:
+            if not COMMUNICATION.search(str(error)):
+                raise
+            raise UserError(f"{strangers} ({str(error).splitlines()[0][:200]})", LOST_RANK) from None
+        except ImportError as error:
+            if plugin is None:
+                raise
+            raise UserError(f"DeepSpeed is not installed whole ({error}): pip install 'sega-dist[deepspeed]'") from None
 
     @property
     def is_main(self) -> bool:
@@ -281,14 +284,14 @@ class AllReduceSum(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _bounded(seconds: float, message: str) -> Iterator[None]:
+def _bounded(wait: timedelta, message: str) -> Iterator[None]:
     """End this process with `message` if the block takes longer: a stranger at the port may never answer."""
 
     def give_up() -> None:
         say("error", message)
         os._exit(LOST_RANK)
 
-    timer = threading.Timer(seconds, give_up)
+    timer = threading.Timer(wait.total_seconds(), give_up)
     timer.daemon = True
     timer.start()
     try:

@@ -274,3 +274,26 @@ def test_of_three_ranks_the_two_that_live_name_the_one_that_died(manifest: Manif
     finally:
         for process in started:
             process.kill()
+
+
+@pytest.mark.slow
+def test_a_trace_names_what_a_step_is_made_of(manifest: Manifest, tmp_path: Path):
+    words = ["--data", manifest.folder, "--out", tmp_path / "run", "--device", "cpu", "--train.images", 72]
+    program("train", *SMALL, *words, "--profile", ranks=2)
+    for rank in (0, 1):
+        trace = json.loads((tmp_path / "run/profile" / f"trace-{rank}.json").read_text())
+        names = {event.get("name") for event in trace["traceEvents"]}
+        assert {"data", "generator", "D phase", "G phase", "gloo:all_reduce"} <= names
+    short = program("train", *SMALL, "--data", manifest.folder, "--out", tmp_path / "short", "--device", "cpu",
+                    "--train.images", 12, "--profile")  # fmt: skip
+    assert "warning: no trace" in short.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.deepspeed
+def test_one_process_under_zero(manifest: Manifest, tmp_path: Path):
+    """Of no use, but a launcher's file with one process must not fail; and a run goes on from it."""
+    pytest.importorskip("deepspeed")
+    words = ["--data", manifest.folder, "--out", tmp_path / "run", "--device", "cpu"]
+    program("train", *SMALL, *words, "--train.images", 12, ranks=1, launcher="zero3")
+    program("train", *words, "--resume", "latest", "--train.images", 24)
