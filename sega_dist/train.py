@@ -13,8 +13,9 @@ from sega_dist.arguments import Device, parse
 from sega_dist.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint
 from sega_dist.config import Config
 from sega_dist.data.shards import Manifest, open_manifest
-from sega_dist.distributed import WAIT, World, launched_ranks
+from sega_dist.distributed import WAIT, World
 from sega_dist.errors import UserError, run
+from sega_dist.launched import launched_ranks
 from sega_dist.loop import Training, packages
 from sega_dist.presets import PRESETS, preset
 

@@ -28,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"networks.build"},
     {"losses", "metrics", "pictures"},
     {"objectives"},
-    {"batchnorm"},
+    {"batchnorm", "launched"},
     {"distributed"},
     {"engines"},
     {"checkpoint", "ema", "stats", "weights", "tracing"},
