@@ -157,7 +157,7 @@ class ZeroPlayer(Player):
             self.accelerator.backward(loss)
             self.skipped += bool(self.zero.overflow)
             return
-        # DeepSpeed's own scalers either cast the weights or let ranks disagree; its engine takes ours.
+        # DeepSpeed's own scalers cast the weights, or never hear of an overflow; its engine takes ours.
         scale, growth = self.scaler.get_scale(), self.scaler.state_dict()["_growth_tracker"] + 1
         self.zero.override_loss_scale(scale)
         self.accelerator.backward(loss)

@@ -293,8 +293,8 @@ def test_a_state_moves_to_three_ranks_that_divide_no_weight_evenly(tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.deepspeed
-@zero
-def test_zero_with_batch_norm_starts_as_one_process_does(engine: str, after_hostility: list):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_with_batch_norm_starts_as_one_process_does(engine: str, after_hostility: list):
     """The real pair's first losses, and its first gradients, as Adam's first moment keeps them."""
     found, alone = after_hostility[0][engine]["first"], play(0, 1, TINY, steps=1)
     assert distance(found["losses"], alone["losses"]) < 1e-6
