@@ -4,6 +4,8 @@ BIN := .venv/bin
 DEMO := runs/demo
 DATA ?=
 FACES ?= 400
+# Processes for the tests of kernels, which take one core each; the others start processes of their own.
+JOBS ?= 2
 
 # The GPU where there is one, else two processes on the CPU.
 GPUS := $(shell nvidia-smi -L 2>/dev/null | wc -l)
@@ -56,10 +58,12 @@ endif
 	@echo "figures:   $(DEMO)/metrics.json   $(DEMO)/per_image.csv"
 
 test: $(BIN)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "kernels and not slow" -n $(JOBS)
+	$(BIN)/python -m pytest -m "not kernels and not slow"
 
 test-all: $(BIN)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m kernels -n $(JOBS)
+	$(BIN)/python -m pytest -m "not kernels"
 
 soak: $(BIN)/.soak
 	$(SOAK)/python -m pytest -p no:cacheprovider tests/test_kernels.py
