@@ -330,7 +330,7 @@ def test_an_overflow_on_one_rank_is_agreed_on_by_all(engine: str, after_hostilit
 @pytest.mark.distributed
 @pytest.mark.deepspeed
 @zero
-@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp16", 0.001)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp16", 2e-4)])
 def test_lower_precision_under_zero_is_that_under_ddp(
     engine: str, precision: str, tolerance: float, after_hostility: list
 ):
