@@ -12,6 +12,7 @@ from sega_dist.errors import UserError, closest
 
 Scale = Literal[4, 8, 16]
 Kernels = Literal["auto", "triton", "hybrid", "reference"]
+Compile = Literal["off", "default", "max"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,7 @@ class TrainConfig:
 class Config:
     scale: Scale = 4  # HR side over LR side
     kernels: Kernels = "auto"  # fused ops: auto takes what the table of this GPU says, others ask for one or fail
+    compile: Compile = "off"  # torch.compile's mode for the networks; on one GPU the step becomes CUDA graphs as well
     data: DataConfig = field(default_factory=DataConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     norm: NormConfig = field(default_factory=NormConfig)
@@ -109,7 +111,7 @@ class Config:
 
 # Keys that may change when a run goes on: they decide how long, how fast and how loudly, not what is computed.
 FREE_ON_RESUME = {
-    "kernels", "data.workers", "data.max_bad_samples", "train.images", "train.activation_checkpointing",
+    "kernels", "compile", "data.workers", "data.max_bad_samples", "train.images", "train.activation_checkpointing",
     "train.tick_kimg", "train.grid_kimg", "train.checkpoint_kimg", "train.keep",
 }  # fmt: skip
 

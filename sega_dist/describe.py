@@ -89,7 +89,7 @@ def _encoder(discriminator: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Te
     if isinstance(discriminator, EncodingDiscriminator):
         return discriminator.encoder, discriminator.encoder
     vgg19 = Vgg19()
-    return vgg19, lambda image: vgg19.embed(image)[0]
+    return vgg19, lambda image: vgg19(image, True)[0]
 
 
 def _row(module: nn.Module, name: str, image: Tensor, forward: Callable[[Tensor], Tensor]) -> dict[str, Any]:

@@ -56,6 +56,8 @@ class World:
             raise UserError(
                 f"the launcher asked for {asked} processes but {self.size} found each other; see launchers/"
             )
+        if self.device.type == "cuda" and torch.cuda.current_stream() == torch.cuda.default_stream():
+            torch.cuda.set_stream(torch.cuda.Stream())  # CUDA records graphs on any stream but the default one
         tf32 = precision == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         # The launcher keeps this store, or rank 0: it outlives a failed collective, which no group does.
@@ -88,9 +90,9 @@ class World:
                 accelerator = Accelerator(
                     cpu=cpu, mixed_precision="no", kwargs_handlers=handlers, deepspeed_plugin=plugin
                 )
-                return accelerator, dist.new_group(
-                    backend="gloo", timeout=self.timeout
-                ) if dist.is_initialized() else None
+                if not dist.is_initialized():
+                    return accelerator, None
+                return accelerator, dist.new_group(backend="gloo", timeout=self.timeout)
         except (RuntimeError, ConnectionError) as error:
             if not COMMUNICATION.search(str(error)):
                 raise

@@ -6,29 +6,22 @@ import platform
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.profiler import record_function
 
 from sega_dist import config as configuration
+from sega_dist.batches import Batches
 from sega_dist.checkpoint import Checkpoint, save_checkpoint, save_snapshot
 from sega_dist.config import Config
-from sega_dist.data import positions
-from sega_dist.data.images import RankPositions, Sample, ShardReader, TrainingImages, training_loader
-from sega_dist.data.pairs import make_pair, patches
 from sega_dist.data.shards import Manifest
 from sega_dist.distributed import World
 from sega_dist.errors import BAD_DATA, NON_FINITE, PREEMPTED, UserError
 from sega_dist.kernels import backend
 from sega_dist.kernels.compat import HAS_TRITON
 from sega_dist.networks.build import build_vgg19
-from sega_dist.networks.discriminator import NOISE
-from sega_dist.objectives import Batch, Noise
 from sega_dist.players import Players, plan_kernels
 from sega_dist.preview import Preview
 from sega_dist.stats import Report, Sums, memory_gb
@@ -43,7 +36,6 @@ class Training:
                  checkpoint: Checkpoint | None, is_profiled: bool = False):  # fmt: skip
         self.world, self.config, self.manifest, self.out = world, config, manifest, out
         self.nimg = checkpoint.nimg if checkpoint else 0
-        self.bad_samples = 0
         self.stop_signal = 0
         self.trace = out / "profile" if is_profiled else None
         self._build(vgg19)
@@ -70,20 +62,17 @@ class Training:
     def run(self) -> None:
         """Steps until `train.images` are seen, or a signal asks to stop; either way a checkpoint stands at the end."""
         train = self.config.train
-        sums, waited, since, began = Sums(), 0.0, self.nimg, time.perf_counter()
+        sums, since, began = Sums(), self.nimg, time.perf_counter()
         ranks = f"{self.world.size} x {self.world.device.type}, {self.world.engine}, {train.precision}"
         self.report.say(f"{ranks}: from image {self.nimg:,} to {train.images:,} -> {self.out}")
         ops = ", ".join(f"{op} {impl}" for op, impl in self.ops.items())
         self.report.say(f"kernels {self.config.kernels}: {ops}")
-        loader = self._loader()
+        if self.config.compile != "off":
+            self.report.say(f"compile {self.config.compile}: the first steps wait for the compiler")
+        self.batches = Batches(self.manifest, self.config, self.world, self.nimg)
         with traced_steps(self.trace, self.world.rank) as step_is_over:
             while self.nimg < train.images:
-                start = time.perf_counter()
-                with record_function("data"):
-                    sample = next(loader)
-                    waited += time.perf_counter() - start
-                    batch = self._batch(sample.image)
-                self.bad_samples += int(sample.damaged.sum())
+                batch = next(self.batches)
                 is_stopping = self.world.any(self.stop_signal != 0)
                 last = self.nimg + train.batch_size >= train.images or is_stopping
                 is_saving = last or self._crosses(train.checkpoint_kimg)
@@ -94,14 +83,14 @@ class Training:
                 step_is_over()
                 if is_tick:
                     spent = time.perf_counter() - began
-                    entry = self._entry(sums, (self.nimg - since) / spent, waited / spent)
+                    entry = self._entry(sums, (self.nimg - since) / spent, self.batches.waited / spent)
                     if is_grid:
                         entry |= self.preview.show(self.report, self.players.snapshot(), self.nimg)
                     self.report.tick(entry)
                     if is_saving:
                         self.save()
                         self.report.curves()
-                    waited, since, began = 0.0, self.nimg, time.perf_counter()
+                    self.batches.waited, since, began = 0.0, self.nimg, time.perf_counter()
                 if is_stopping:
                     self.report.say(f"stopped at {self.nimg:,} images; continue with --resume latest")
                     sys.exit(PREEMPTED)
@@ -146,32 +135,22 @@ class Training:
         except (KeyError, ValueError) as error:
             raise UserError(f"{checkpoint.folder} does not fit its configuration: {str(error)[:200]}") from None
 
-    def _loader(self) -> Iterator[Sample]:
-        """This rank's micro-batches from the current position on, without end."""
-        train = self.config.train
-        dataset = TrainingImages(ShardReader(self.manifest, "train"), train.seed)
-        order = RankPositions(self.nimg, train.batch_size, self.world.rank, self.world.size)
-        return iter(training_loader(dataset, order, self.config.data.workers))
-
-    def _batch(self, images: Tensor) -> Batch:
-        """Decoded images (N,3,S,S) uint8 to this rank's part of the global batch at the current position."""
-        first = self.nimg + self.world.rank * len(images)
-        return make_batch(images.to(self.world.device, non_blocking=True), first, self.config, self.world.dtype)
-
     def _entry(self, sums: Sums, images_per_s: float, data_wait: float) -> dict[str, Any]:
         """One line of statistics, the same means on every rank; refuses to go on from what is not finite."""
         names, means = sums.take()
         values = dict(zip(names, self.world.mean_of(means).tolist(), strict=True))
         self._refuse(next((name for name, value in values.items() if not math.isfinite(value)), None))
-        bad = self.world.total(self.bad_samples)
+        bad = self.world.total(self.batches.bad_samples)
         if bad > self.config.data.max_bad_samples:
             raise UserError(
                 f"{bad} damaged samples in {self.manifest.folder}, more than data.max_bad_samples"
                 f" {self.config.data.max_bad_samples}; sega-dist verify names the shards",
                 BAD_DATA,
             )
-        return {"nimg": self.nimg, "time": time.time(), "images_per_s": images_per_s, "data_wait": data_wait,
-                "memory_gb": memory_gb(self.world.device), "bad_samples": bad, **values}  # fmt: skip
+        memory = {"memory_gb": max(memory_gb(self.world.device), *self.players.memory.values(), 0.0)}
+        speed = {"images_per_s": images_per_s, "data_wait": data_wait}
+        return {"nimg": self.nimg, "time": time.time(), "bad_samples": bad, **speed, **memory, **self.players.memory,
+                **values}  # fmt: skip
 
     def _refuse(self, what: str | None) -> None:
         """End the run because `what` is not a finite number; every rank comes to the same answer."""
@@ -191,18 +170,6 @@ class Training:
         if self.stop_signal:  # asked twice: do not wait for the step
             raise KeyboardInterrupt
         self.stop_signal = number
-
-
-def make_batch(images: Tensor, first: int, config: Config, dtype: torch.dtype) -> Batch:
-    """Decoded images (N,3,S,S) uint8, number `first` of the run and the following, to a batch on their device."""
-    count, seed = len(images), config.train.seed
-    if config.data.patch:
-        images = patches(images, config.data.patch, positions.uniform(seed, positions.PATCH, first, count, 2))
-    flips = positions.uniform(seed, positions.FLIP, first, count, 1)[:, 0] < config.data.hflip
-    lr, hr = make_pair(images, flips, config.scale, dtype)
-    streams = (positions.D_REAL, positions.D_FAKE, positions.G_REAL, positions.G_FAKE)
-    uniform = (positions.uniform(seed, stream, first, count, NOISE) for stream in streams)
-    return Batch(lr, hr, Noise(*(torch.from_numpy(u).to(images.device, dtype) for u in uniform)))
 
 
 def packages() -> dict[str, str]:

@@ -31,6 +31,10 @@ class Batch(NamedTuple):
     hr: Tensor  # (N,3,H,W) in [-1,1]
     noise: Noise
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All it holds."""
+        return (self.lr, self.hr, *self.noise)
+
 
 class Targets(NamedTuple):
     """What a step needs of HR and LR and computes once: the tuples' semantics and HR's features."""
@@ -56,9 +60,9 @@ class SegaObjective:
             real, fake = batch.hr, batch.lr
         elif not is_warmup and kind == "vgg19_pool8":
             assert self.vgg19 is not None
-            real, phi_hr = self.vgg19.embed(batch.hr)
+            real, phi_hr = self.vgg19(batch.hr, True)
             if self.config.discriminator.fake_semantics == "lr":
-                fake, _ = self.vgg19.embed(batch.lr)
+                fake, _ = self.vgg19(batch.lr, True)
         if self.config.loss.w_content and phi_hr is None:
             assert self.vgg19 is not None
             phi_hr = self.vgg19.conv3_3(batch.hr)
@@ -125,7 +129,8 @@ class SegaObjective:
         if self.config.encoder.kind == "trainable":
             return sr
         assert self.vgg19 is not None
-        return self.vgg19.embed(sr)[0]
+        embedding: Tensor = self.vgg19(sr, True)[0]
+        return embedding
 
 
 def _full(x: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """Both players with what they minimise: one step of the game, apart from clock, data and reports."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,11 +12,16 @@ from sega_dist.config import Config
 from sega_dist.distributed import World
 from sega_dist.ema import Ema
 from sega_dist.engines import Player, make_player, on_host
+from sega_dist.errors import UserError
 from sega_dist.kernels import backend
 from sega_dist.networks.build import build_discriminator, build_generator
 from sega_dist.networks.generator import Generator
 from sega_dist.networks.vgg19 import Vgg19
-from sega_dist.objectives import Batch, SegaObjective, Statistics
+from sega_dist.objectives import Batch, SegaObjective, Statistics, Targets
+from sega_dist.recording import CudaGraphs, Recorder
+
+# torch.compile's modes; the graphs of a step are recorded here, around what it compiles.
+MODES = {"default": "default", "max": "max-autotune-no-cudagraphs"}
 
 
 class Players:
@@ -24,6 +31,8 @@ class Players:
     """
 
     def __init__(self, world: World, config: Config, features: Vgg19 | None):
+        if config.compile != "off" and world.zero is not None:
+            raise UserError(f"compile is {config.compile}: DeepSpeed's engine works with compile off only; or use DDP")
         self.world, self.config, train = world, config, config.train
         generator = build_generator(config)
         self.shown = copy.deepcopy(world.place(generator)).eval().requires_grad_(False)
@@ -32,39 +41,85 @@ class Players:
         if config.has_discriminator:
             self.discriminator = make_player(world, build_discriminator(config), train.learning_rate, train.betas)
         if features is not None:
-            world.place(features)
+            world.place(features).round_to(world.compute_dtype)
         self.objective = SegaObjective(config, features, world.global_means)
         self.ema = Ema(self.generator.parts, train.ema_kimg * 1000) if train.ema_kimg else None
+        self.memory: dict[str, float] = {}  # GB at the most in each piece of a step, on a GPU
+        self.recorder = Recorder(CudaGraphs() if self._can_be_recorded else None)
+        if config.compile != "off":
+            for network in (*(player.raw for player in self.by_name.values()), *([features] if features else [])):
+                network.compile(mode=MODES[config.compile])
+
+    @property
+    def _can_be_recorded(self) -> bool:
+        """One process on a GPU; fp16's scaler and collectives ask the host."""
+        is_alone_on_gpu = self.world.device.type == "cuda" and self.world.size == 1
+        return self.config.compile != "off" and is_alone_on_gpu and self.world.precision != "fp16"
 
     def step(self, batch: Batch, nimg: int, is_tick: bool) -> Statistics:
-        """One update of both players at image `nimg`: one generator forward, D phase, then G phase with D frozen."""
-        is_warmup = nimg < self.config.train.content_warmup_kimg * 1000 or self.discriminator is None
-        with self.world.autocast(), record_function("generator"):
-            sr = self.generator.forward(batch.lr).to(self.world.dtype)  # (N,3,H,W) in [-1,1]
-        with self.world.autocast():
-            targets = self.objective.targets(batch, is_warmup)
-        statistics: Statistics = {}
-        if self.discriminator is None or is_warmup:
-            with self.world.autocast():
-                loss, statistics = self.objective.g_loss(None, batch, targets, sr)
-            self.generator.backward_and_step(loss)
+        """One update of both players at image `nimg`: one generator forward, D phase, then G phase with D frozen.
+
+        The statistics may lie where the next step will leave its own.
+        """
+        batch = self.recorder.hold(batch)
+        if self.discriminator is None or nimg < self.config.train.content_warmup_kimg * 1000:
+            statistics = self._piece(self.content_step, batch)
         else:
-            with record_function("D phase"):
+            sr, targets, statistics = self._piece(self.d_phase, batch)
+            diagnosis: Statistics = {}
+            if is_tick:
                 with self.world.autocast():
-                    loss, statistics = self.objective.d_loss(self.discriminator.forward, batch, targets, sr.detach())
-                self.discriminator.backward_and_step(loss)
-            # Frozen until the end of backward, where activation checkpointing calls D again.
-            with record_function("G phase"), self.discriminator.frozen() as frozen:
-                with self.world.autocast():
-                    if is_tick:
-                        statistics |= self.objective.diagnose(frozen, batch, targets, sr.detach())
-                    loss, of_generator = self.objective.g_loss(frozen, batch, targets, sr)
-                self.generator.backward_and_step(loss)
-            statistics |= of_generator
+                    diagnosis = self.objective.diagnose(self.discriminator.raw, batch, targets, sr.detach())
+            statistics = statistics | diagnosis | self._piece(self.g_phase, batch, targets, sr)
         if self.ema:
             batch_size = self.config.train.batch_size
             self.ema.update(batch_size, nimg + batch_size)
         return statistics
+
+    def content_step(self, batch: Batch) -> Statistics:
+        """An update of the generator alone: the warm-up, and training without a discriminator."""
+        with self.world.autocast():
+            targets = self.objective.targets(batch, is_warmup=True)
+            loss, statistics = self.objective.g_loss(None, batch, targets, self._super_resolved(batch))
+        self.generator.backward_and_step(loss)
+        return statistics
+
+    def d_phase(self, batch: Batch) -> tuple[Tensor, Targets, Statistics]:
+        """SR with its graph, what both phases need of HR and LR, and an update of the discriminator."""
+        assert self.discriminator is not None
+        with self.world.autocast():
+            sr = self._super_resolved(batch)
+            targets = self.objective.targets(batch, is_warmup=False)
+        with record_function("D phase"):
+            with self.world.autocast():
+                loss, statistics = self.objective.d_loss(self.discriminator.forward, batch, targets, sr.detach())
+            self.discriminator.backward_and_step(loss)
+        return sr, targets, statistics
+
+    def g_phase(self, batch: Batch, targets: Targets, sr: Tensor) -> Statistics:
+        """An update of the generator, against the discriminator as it now is."""
+        assert self.discriminator is not None
+        # Frozen until the end of backward, where activation checkpointing calls D again.
+        with record_function("G phase"), self.discriminator.frozen() as frozen:
+            with self.world.autocast():
+                loss, statistics = self.objective.g_loss(frozen, batch, targets, sr)
+            self.generator.backward_and_step(loss)
+        return statistics
+
+    def _super_resolved(self, batch: Batch) -> Tensor:
+        with record_function("generator"):
+            sr: Tensor = self.generator.forward(batch.lr)
+            return sr.to(self.world.dtype)  # (N,3,H,W) in [-1,1]
+
+    def _piece(self, function: Callable[..., Any], *inputs: Any) -> Any:
+        """Call it, or replay it; on a GPU note the memory of a call."""
+        if self.world.device.type != "cuda":
+            return self.recorder(function, *inputs)
+        torch.cuda.reset_peak_memory_stats()
+        outputs = self.recorder(function, *inputs)
+        name = f"memory_{function.__name__}_gb"
+        self.memory[name] = max(self.memory.get(name, 0.0), torch.cuda.max_memory_allocated() / 1e9)
+        return outputs
 
     @property
     def by_name(self) -> dict[str, Player]:

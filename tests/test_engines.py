@@ -13,6 +13,7 @@ from ranks import on_ranks, use
 from torch import Tensor, nn
 
 from sega_dist import engines, players
+from sega_dist.batches import make_batch
 from sega_dist.config import (
     Config,
     DataConfig,
@@ -24,7 +25,6 @@ from sega_dist.config import (
 )
 from sega_dist.distributed import World
 from sega_dist.engines import Player, make_player
-from sega_dist.loop import make_batch
 from sega_dist.players import Players
 
 N = 12
@@ -100,7 +100,7 @@ def play(rank: int, ranks: int, config: Config, steps: int = 3, mutation: str = 
                 256, (N, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(step)
             )
             mine = images.chunk(ranks)[rank]
-            batch = make_batch(mine, step * N + rank * len(mine), config, world.dtype)
+            batch = make_batch(mine, step * N + rank * len(mine), config, world)
             statistics = both.step(batch, step * N, is_tick=False)
             losses.append(world.mean_of(torch.stack([statistics[key] for key in ("loss_d", "loss_g")])))
     gradients = [p.grad for p in both.discriminator.raw.parameters() if p.grad is not None]
@@ -237,7 +237,7 @@ def move(rank: int, ranks: int, state: dict[str, Any]) -> dict[str, Any]:
     both.load_full_state(state)  # a second time, as a rollback would
     taken = both.full_state(both.snapshot())
     mine = images(3).chunk(ranks)[rank]
-    both.step(make_batch(mine, 3 * N + rank * len(mine), TINY, world.dtype), 3 * N, is_tick=False)
+    both.step(make_batch(mine, 3 * N + rank * len(mine), TINY, world), 3 * N, is_tick=False)
     return {"taken": taken, "state": both.full_state(both.snapshot())}
 
 
@@ -393,7 +393,7 @@ def test_what_stays_fp32(precision: str):
     world = World(precision, "cpu")
     both = Players(world, config, None)
     seen = dtypes_of(both.discriminator.raw)
-    batch = make_batch(images(0), 0, config, world.dtype)
+    batch = make_batch(images(0), 0, config, world)
     statistics = both.step(batch, 0, is_tick=True)
     assert {value.dtype for value in statistics.values()} == {torch.float32}
     for name, dtypes in seen.items():

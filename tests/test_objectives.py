@@ -38,7 +38,7 @@ def test_sega_losses_are_the_papers_formulas():
     objective, discriminator, batch, sr = setting(CONFIG)
     targets = objective.targets(batch, is_warmup=False)
     vgg19 = objective.vgg19
-    e_hr, e_lr = vgg19.embed(batch.hr)[0], vgg19.embed(batch.lr)[0]
+    e_hr, e_lr = vgg19(batch.hr, True)[0], vgg19(batch.lr, True)[0]
     torch.testing.assert_close(targets.real, e_hr)
     torch.testing.assert_close(targets.fake, e_lr)
 

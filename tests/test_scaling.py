@@ -11,12 +11,12 @@ from measure_wire import measure
 from ranks import on_ranks
 from test_engines import TINY, images
 
+from sega_dist.batches import make_batch
 from sega_dist.bench import scaling
 from sega_dist.bench.scaling import LINKS, Collective, seconds, traffic, waiting
 from sega_dist.config import Config, DiscriminatorConfig
 from sega_dist.data.shards import Manifest
 from sega_dist.distributed import World
-from sega_dist.loop import make_batch
 from sega_dist.players import Players
 from sega_dist.presets import preset
 
@@ -25,7 +25,7 @@ def recorded(rank: int, ranks: int, config: Config) -> dict[str, list[int]]:
     """How many values each collective of a step takes from this rank."""
     world = World(config.train.precision, "cpu", timeout=60)
     both = Players(world, config, None)
-    batch = make_batch(images(0).chunk(ranks)[rank], 0, config, world.dtype)
+    batch = make_batch(images(0).chunk(ranks)[rank], 0, config, world)
     found: dict[str, list[int]] = {"all_reduce": [], "all_gather": []}
     with pytest.MonkeyPatch.context() as patch:
         for name, which in (("all_reduce", 0), ("all_gather", 1)):

@@ -30,7 +30,6 @@ from sega_dist.bench.kernels import (
     KernelsCommand,
     Level,
     Mode,
-    Row,
     bench,
     callable_of,
     errors,
@@ -39,6 +38,7 @@ from sega_dist.bench.kernels import (
     truth,
 )  # fmt: skip
 from sega_dist.bench.measure import ceilings, chained, code_digest, cold, provenance
+from sega_dist.bench.results import Row
 from sega_dist.errors import UserError, run
 from sega_dist.kernels import backend, compat
 
@@ -304,9 +304,9 @@ def measure(command: GpuCommand, minutes: float) -> Iterator[list[Row]]:
         replace(at, levels=("ridb", "upconv")),
         replace(at, levels=("rals",), side=(64,)),
         *trunks,
-        replace(at, levels=("step", "generator"), columns=(*plain, "compile"), side=(64,), batch=(8,)),
+        replace(at, levels=("generator",), columns=(*plain, "compile"), side=(64,), batch=(8,)),
         replace(at, levels=("ridb", "trunk"), modes=MODES, columns=(*plain, *compiled)),
-        replace(at, levels=("block", "conv64", "conv128", "upconv", "generator", "step"), modes=MODES, columns=COLUMNS),
+        replace(at, levels=("block", "conv64", "conv128", "upconv", "generator"), modes=MODES, columns=COLUMNS),
     ]
     for one in plan:
         left = minutes - (time.monotonic() - began) / 60

@@ -1,16 +1,11 @@
 """Fused kernels beside what torch does without them: `sega-dist bench kernels`.
 
 Each row is one (level, mode, shape, dtype, column, metric). Before a column is timed, the very callable that will be is
-compared with the reference in fp64; a column that fails has no time. Rows are kept as they come, so that a run that was
-stopped goes on.
+compared with the reference in fp64; a column that fails has no time.
 """
 
-import csv
-import dataclasses
 import gc
-import json
 import math
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,32 +13,25 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sega_dist.arguments import Device, parse
-from sega_dist.bench.measure import ceilings, chained, cold, provenance, quantiles
+from sega_dist.bench.measure import ceilings, chained, cold, device_for, provenance, quantiles
+from sega_dist.bench.results import Results, Row, show
 from sega_dist.config import GeneratorConfig, Kernels, NormConfig
-from sega_dist.distributed import World
-from sega_dist.errors import UserError, run
+from sega_dist.errors import run
 from sega_dist.kernels.conv3x3_act import conv3x3_act
 from sega_dist.kernels.idb import idb
 from sega_dist.kernels.rals import rals
-from sega_dist.loop import make_batch
-from sega_dist.networks.build import build_vgg19
 from sega_dist.networks.generator import DenseNestedBlock, Generator, ResidualInternalDenseBlock, UpsamplingStage
-from sega_dist.players import Players
-from sega_dist.presets import preset
 
-Level = Literal["conv64", "conv128", "block", "upconv", "rals", "ridb", "trunk", "generator", "step"]
+Level = Literal["conv64", "conv128", "block", "upconv", "rals", "ridb", "trunk", "generator"]
 Column = Literal["eager_nchw", "eager", "compile", "compile_max", "compile_graphs", "hybrid", "triton"]
 Precision = Literal["bf16", "fp16", "fp32", "tf32"]
 Mode = Literal["forward", "both"]
-Row = dict[str, Any]
 
-LEVELS: tuple[Level, ...] = ("conv64", "conv128", "block", "upconv", "rals", "ridb", "trunk", "generator", "step")
+LEVELS: tuple[Level, ...] = ("conv64", "conv128", "block", "upconv", "rals", "ridb", "trunk", "generator")
 COLUMNS: tuple[Column, ...] = ("eager_nchw", "eager", "compile", "compile_max", "compile_graphs", "hybrid", "triton")
 BATCHES, SIDES = {"cuda": (8, 64), "cpu": (2,)}, {"cuda": (64, 32), "cpu": (16,)}
 MODES: tuple[Mode, ...] = ("forward", "both")
@@ -52,7 +40,8 @@ CHANNELS_LAST = torch.channels_last
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"bf16": 5e-3, "fp16": 1e-3, "tf32": 2e-3, "fp32": 1e-5}  # beside twice the error of torch's own path
 KINK = 1e-2
-KEY = ("level", "mode", "batch", "side", "dtype", "column", "metric", "device", "code")
+CASE = ("level", "mode", "batch", "side")
+KEY = (*CASE, "dtype", "column", "metric", "device", "code")
 
 
 @dataclass(frozen=True)
@@ -164,21 +153,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def bench(command: KernelsCommand) -> list[Row]:
     """Every row of the command, timed now or before; writes the results and prints a table."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if command.device == "cuda" and device == "cpu":
-        raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
-    device = device if command.device == "auto" else command.device
+    device = device_for(command.device)
     dtype = command.dtype or ("bf16" if device == "cuda" else "fp32")
     began, facts = time.monotonic(), provenance(device)
-    name = facts["device"]
-    command.out.mkdir(parents=True, exist_ok=True)
-    kept = command.out / "rows.jsonl"
-    rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    known = (
-        {}
-        if command.again
-        else {key_of(row): row for row in rows if not row["why"] and row.get("code") == facts["code"]}
-    )
+    results = Results(command.out, KEY, facts["code"], command.again)
     if device == "cpu":
         print("no GPU in use: the reference paths are timed on the CPU; hybrid and triton are not measured")
     torch.backends.cudnn.benchmark = True  # the fused kernels are tuned to the shape: cuDNN may be as well
@@ -186,41 +164,30 @@ def bench(command: KernelsCommand) -> list[Row]:
     limits = ceilings(device, AUTOCAST.get(dtype, torch.float32))
     sides, batches = command.side or SIDES[device], command.batch or BATCHES[device]
     cases = [Case(level, mode, batch, side, dtype, device) for level in command.levels for side in sides
-             for batch in batches for mode in command.modes if level != "step" or mode == "both"]  # fmt: skip
+             for batch in batches for mode in command.modes]  # fmt: skip
+    metrics = ("cold", "chained") if device == "cuda" else ("cold",)
     is_late = False
     for case in cases:
-        # A step as it stands synchronises with the host and cannot be captured.
-        metrics = ("cold", "chained") if device == "cuda" and case.level != "step" else ("cold",)
-        wanted = [column for column in command.columns if can_run(case, column)]
-        mark = {**asdict(case), "device": name, "code": facts["code"]}
-        missing = [column for column in wanted
-                   if any(key_of({**mark, "column": column, "metric": m}) not in known for m in metrics)]  # fmt: skip
+        mark = {**asdict(case), "device": facts["device"], "code": facts["code"]}
+        missing = [column for column in command.columns if can_run(case, column)
+                   and not all(results.has({**mark, "column": column, "metric": m}) for m in metrics)]  # fmt: skip
         is_late = is_late or bool(command.minutes and time.monotonic() - began > command.minutes * 60)
         if not missing or is_late:
             continue
         for row in compare(case, missing, metrics, limits):
-            row |= {"device": name, "commit": facts["commit"], "code": facts["code"]}
-            known[key_of(row)] = row
-            with kept.open("a") as stream:
-                stream.write(json.dumps(row) + "\n")
+            results.add(row | mark | {"commit": facts["commit"]})
             print(line(row), flush=True)
-    found = list(known.values())
-    write(command.out, found, facts | limits)
-    Console().print(table(found))
+    shown = [row for row in results.rows if row["metric"] == metrics[-1]]
+    results.write("kernels", facts | limits, shown, CASE, metrics[-1])
+    show(shown, CASE, f"median ms ({metrics[-1]}); roof: floor over the best")
     if is_late:
         print(f"stopped after {command.minutes:g} minutes: not every comparison was made; the same command goes on")
-    return found
+    return results.rows
 
 
 def can_run(case: Case, column: Column) -> bool:
-    """Kernels and the compiler's dearer modes need a GPU; a step is channels last, and bears no compiler's graphs."""
-    if case.level == "step" and column in ("eager_nchw", "compile_graphs"):
-        return False
+    """Kernels and the compiler's dearer modes need a GPU."""
     return case.device == "cuda" or column in ("eager_nchw", "eager", "compile")
-
-
-def key_of(row: Row) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in KEY)
 
 
 def compare(case: Case, columns: list[Column], metrics: tuple[str, ...], limits: dict[str, float]) -> list[Row]:
@@ -288,8 +255,6 @@ def said(error: Exception) -> str:
 def callable_of(case: Case, column: Column) -> Callable[[], list[Tensor]]:
     """The computation of a column on its own module and input, ready to be called again and again."""
     impl: Kernels = "hybrid" if column == "hybrid" else "triton" if column == "triton" else "reference"
-    if case.level == "step":
-        return step_of(case, impl, case.dtype, COMPILE.get(column))
     module, tensors = case.module(impl), case.tensors()
     if column != "eager_nchw" and case.level != "rals":
         module = module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -300,42 +265,9 @@ def callable_of(case: Case, column: Column) -> Callable[[], list[Tensor]]:
 
 def truth(case: Case) -> list[Tensor]:
     """The same computation by the reference in fp64."""
-    if case.level == "step":
-        return step_of(case, "reference", "fp64", None)()
     module = case.module("reference").double()
     x, gradient = case.tensors()
     return outcome(case, module, list(module.parameters()), (x.double(), gradient.double()), None)
-
-
-def step_of(case: Case, impl: Kernels, precision: str, mode: str | None) -> Callable[[], list[Tensor]]:
-    """Training steps of sega_x4 (or x8, by the side) on random images: both losses, and the generator's gradient.
-
-    The gradient as one vector: through batch norm over a few samples single filters' gradients are mostly rounding.
-    """
-    base = preset("sega_x4" if case.side == 64 else "sega_x8")
-    base = dataclasses.replace(base, data=dataclasses.replace(base.data, size=case.side * base.scale), kernels=impl)
-    train = dataclasses.replace(base.train, batch_size=case.batch, precision=precision)  # type: ignore[arg-type]
-    config = dataclasses.replace(base, train=train)
-    world = World(precision, case.device)  # type: ignore[arg-type]
-    torch.manual_seed(0)
-    features = build_vgg19(config)
-    assert features is not None
-    for parameter in features.parameters():
-        nn.init.normal_(parameter, std=0.03)
-    players = Players(world, config, features)
-    assert players.discriminator is not None
-    if mode:
-        players.generator.raw.compile(mode=mode)
-        players.discriminator.raw.compile(mode=mode)
-    images = torch.randint(0, 256, (case.batch, 3, config.data.size, config.data.size), dtype=torch.uint8)
-    batch = make_batch(images.to(case.device), 0, config, world.dtype)
-
-    def call() -> list[Tensor]:
-        statistics = players.step(batch, 0, is_tick=False)
-        gradients = [p.grad.flatten() for p in players.generator.raw.parameters() if p.grad is not None]
-        return [statistics["loss_d"], statistics["loss_g"], torch.cat(gradients)]
-
-    return call
 
 
 def outcome(case: Case, forward: Callable[[Tensor], Tensor], parameters: list[nn.Parameter],
@@ -380,8 +312,6 @@ def work(case: Case) -> tuple[float, float]:
 
     A backward does twice the work of its forward: one product for the input's gradient, one for the filter's.
     """
-    if case.level == "step":  # an image at 4x from 64 pixels, and at 8x from 32
-        return case.batch * (385e9 if case.side == 64 else 278e9 * (case.side / 32) ** 2), 0.0
     module, tensors = case.module("reference"), case.tensors()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         module.float()(tensors[0].float())
@@ -410,67 +340,6 @@ def line(row: Row) -> str:
     return (
         f"{what}: {row['median_ms']:.3f} ms [{row['p20_ms']:.3f}, {row['p80_ms']:.3f}], {row['roof_share']:.0%} of roof"
     )
-
-
-def table(rows: list[Row]) -> Table:
-    """Medians, a line a case, a column a way; chained times where there are any."""
-    metric = "chained" if any(row["metric"] == "chained" for row in rows) else "cold"
-    columns = [column for column in COLUMNS if any(row["column"] == column for row in rows)]
-    shown = Table(title=f"median ms ({metric}); roof: floor over the best")
-    for name in ("level", "mode", "batch", "side", *columns, "roof"):
-        shown.add_column(name, justify="left" if name in ("level", "mode") else "right")
-    cases: dict[tuple[Any, ...], dict[str, Row]] = {}
-    for row in rows:
-        if row["metric"] == metric:
-            cases.setdefault(tuple(row[name] for name in KEY[:4]), {})[row["column"]] = row
-    for case, of_column in cases.items():
-        medians = {column: row.get("median_ms") for column, row in of_column.items()}
-        best = min((m for m in medians.values() if m), default=None)
-        cells = ["-" if not medians.get(c) else f"{medians[c]:.3f}" for c in columns]
-        roof = f"{next(r['floor_ms'] for r in of_column.values() if 'floor_ms' in r) / best:.0%}" if best else "-"
-        shown.add_row(*map(str, case), *cells, roof)
-    return shown
-
-
-def write(out: Path, rows: list[Row], facts: dict[str, Any]) -> None:
-    """The rows as CSV and, with where they come from, as JSON; a picture of them."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with (out / "kernels.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    (out / "kernels.json").write_text(json.dumps({"provenance": facts, "rows": rows}, indent=1) + "\n")
-    if any("median_ms" in row for row in rows):
-        plot(out / "kernels.png", rows, facts)
-
-
-def plot(path: Path, rows: list[Row], facts: dict[str, Any]) -> None:
-    """Bars for each case and column, the middle 60 percent as whiskers, the roofline's floor as a line."""
-    import matplotlib.pyplot as plt
-    from matplotlib.figure import Figure
-
-    metric = "chained" if any(row["metric"] == "chained" for row in rows) else "cold"
-    timed = [row for row in rows if row["metric"] == metric and "median_ms" in row]
-    cases = list(dict.fromkeys(tuple(row[name] for name in KEY[:4]) for row in timed))
-    across = min(4, len(cases))
-    down = math.ceil(len(cases) / across)
-    figure = Figure(figsize=(3.6 * across, 2.7 * down), layout="constrained")
-    figure.suptitle(f"{facts['device']}, torch {facts['torch']}, {metric}: ms, dashed: roofline")
-    for axes, case in zip(figure.subplots(down, across, squeeze=False).flat, cases, strict=False):
-        these = [row for row in timed if tuple(row[name] for name in KEY[:4]) == case]
-        medians = [row["median_ms"] for row in these]
-        spread = [
-            [row["median_ms"] - row["p20_ms"] for row in these],
-            [row["p80_ms"] - row["median_ms"] for row in these],
-        ]
-        colours = [plt.get_cmap("tab10")(COLUMNS.index(row["column"])) for row in these]
-        axes.bar([row["column"] for row in these], medians, yerr=spread, color=colours)
-        axes.axhline(statistics.median(row["floor_ms"] for row in these), color="black", linestyle="--", linewidth=1)
-        axes.set_title(f"{case[0]} {case[1]}, {case[2]} x {case[3]}²", fontsize=9)
-        axes.tick_params(axis="x", rotation=40, labelsize=7)
-    for axes in list(figure.axes)[len(cases) :]:
-        axes.set_axis_off()
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

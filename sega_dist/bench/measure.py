@@ -14,8 +14,19 @@ from typing import Any
 
 import torch
 
+from sega_dist.arguments import Device
+from sega_dist.errors import UserError
+
 Call = Callable[[], Any]
 WARM, LONG = 0.025, 0.2  # seconds a call is repeated before and while it is timed
+
+
+def device_for(asked: Device) -> str:
+    """`cuda` or `cpu`; UserError if the asked one is not there."""
+    has_gpu = torch.cuda.is_available()
+    if asked == "cuda" and not has_gpu:
+        raise UserError("--device cuda: this machine has no CUDA device; use --device cpu")
+    return ("cuda" if has_gpu else "cpu") if asked == "auto" else asked
 
 
 def cold(call: Call, device: str) -> list[float]:
