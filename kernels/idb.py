@@ -11,9 +11,9 @@ from sega_dist.kernels.conv3x3_act import conv3x3_act
 
 def reference(x: Tensor, r: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, slope: float) -> Tensor:
     """x, r (N,C,h,w), w1 (C,C,3,3), b1 (C,), w2 (C,2C,3,3), b2 (C,) -> (N,C,h,w)."""
-    f1 = F.leaky_relu(F.conv2d(x, w1, b1, padding=1), slope)
-    f2 = F.leaky_relu(F.conv2d(torch.cat([x, f1], 1), w2, b2, padding=1), slope)
-    return x + f1 + f2 + r
+    f1 = F.leaky_relu_(F.conv2d(x, w1, b1, padding=1), slope)
+    f2 = F.leaky_relu_(F.conv2d(torch.cat([x, f1], 1), w2, b2, padding=1), slope)
+    return (x + f1).add_(f2).add_(r)
 
 
 def idb(x: Tensor, r: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, slope: float, impl: Impl = "auto"

@@ -27,7 +27,7 @@ from sega_dist.kernels.conv3x3_act import as_gradients, packed, run_forward, run
 
 def reference(x: Tensor, weight: Tensor, bias: Tensor, slope: float) -> Tensor:
     """x (N,C,h,w), weight (4C,C,3,3), bias (4C,) -> (N,C,2h,2w)."""
-    return F.leaky_relu(F.pixel_shuffle(F.conv2d(x, weight, bias, padding=1), 2), slope)
+    return F.leaky_relu_(F.pixel_shuffle(F.conv2d(x, weight, bias, padding=1), 2), slope)
 
 
 @torch.library.custom_op("sega_dist::upconv_act", mutates_args=())

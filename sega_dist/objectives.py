@@ -84,12 +84,11 @@ class SegaObjective:
         """The G phase; `discriminator` is frozen, or None during the content-only warm-up."""
         weights, terms = self.config.loss, {}
         if weights.w_content:
-            assert self.vgg19 is not None and targets.phi_hr is not None
-            terms["content"] = losses.content(_full(targets.phi_hr), _full(self.vgg19.conv3_3(sr)))
+            terms["content"] = self.content(targets, sr)
         if weights.w_pixel:
             terms["pixel"] = losses.pixel(batch.hr, sr)
         if discriminator is not None:
-            terms["adv"] = self._adversarial(discriminator, batch, targets, sr)
+            terms["adv"] = self.adversarial(discriminator, batch, targets, sr)
         total = sum((getattr(weights, f"w_{name}") * term for name, term in terms.items()), start=sr.new_zeros(()))
         return total, {"loss_g": total.detach()} | {f"loss_{name}": term.detach() for name, term in terms.items()}
 
@@ -114,7 +113,13 @@ class SegaObjective:
             statistics[name] = torch.cat([real > of_real, fake < of_fake]).to(real.dtype).mean()
         return statistics
 
-    def _adversarial(self, discriminator: Network, batch: Batch, targets: Targets, sr: Tensor) -> Tensor:
+    def content(self, targets: Targets, sr: Tensor) -> Tensor:
+        """Distance of VGG19's features."""
+        assert self.vgg19 is not None and targets.phi_hr is not None
+        return losses.content(_full(targets.phi_hr), _full(self.vgg19.conv3_3(sr)))
+
+    def adversarial(self, discriminator: Network, batch: Batch, targets: Targets, sr: Tensor) -> Tensor:
+        """The generator's, against a discriminator that is frozen; the real side carries no gradient."""
         fake = _full(discriminator(sr, self._fake(targets, sr), batch.noise.g_fake))
         if self.config.loss.adv == "bce":
             return losses.bce_g(fake)

@@ -114,23 +114,33 @@ class Plain:
         self.opt_g, self.opt_d = (torch.optim.Adam(m.parameters(), 1e-4) for m in (self.g, self.d))
         self.autocast = torch.autocast(device, autocast, enabled=autocast is not None)
 
-    def step(self, lr: Tensor, hr: Tensor, noise: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def semantics(self, lr: Tensor, hr: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            return self.e(hr), self.e(lr)
+
+    def loss_d(self, sr: Tensor, semantics: tuple[Tensor, Tensor], hr: Tensor, noise: tuple[Tensor, ...]) -> Tensor:
+        real, fake = self.d(hr, semantics[0], noise[0]), self.d(sr, semantics[1], noise[1])
+        return (real - fake.mean() - 1).square().mean() + (fake - real.mean() + 1).square().mean()
+
+    def loss_a(self, sr: Tensor, semantics: tuple[Tensor, Tensor], hr: Tensor, noise: tuple[Tensor, ...]) -> Tensor:
+        real, fake = self.d(hr, semantics[0], noise[2]).detach(), self.d(sr, semantics[1], noise[3])
+        return (real - fake.mean() + 1).square().mean() + (fake - real.mean() - 1).square().mean()
+
+    def content(self, phi_hr: Tensor, sr: Tensor) -> Tensor:
+        return (phi_hr.to(sr.dtype) - self.phi(sr).to(sr.dtype)).square().mean()
+
+    def step(self, lr: Tensor, hr: Tensor, noise: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """Images in [-1,1], uniform noise for dropout (D phase real, fake; G phase real, fake) -> L_D, L_G."""
         with self.autocast:
-            sr = self.g(lr)
-            with torch.no_grad():
-                e_hr, e_lr = self.e(hr), self.e(lr)
-            real, fake = self.d(hr, e_hr, noise[0]), self.d(sr.detach(), e_lr, noise[1])
-            loss_d = (real - fake.mean() - 1).square().mean() + (fake - real.mean() + 1).square().mean()
+            sr = self.g(lr).to(hr.dtype)
+            semantics = self.semantics(lr, hr)
+            loss_d = self.loss_d(sr.detach(), semantics, hr, noise)
         self.opt_d.zero_grad()
         loss_d.backward()
         self.opt_d.step()
         self.d.requires_grad_(False)
         with self.autocast:
-            real, fake = self.d(hr, e_hr, noise[2]).detach(), self.d(sr, e_lr, noise[3])
-            adversarial = (real - fake.mean() + 1).square().mean() + (fake - real.mean() - 1).square().mean()
-            content = (self.phi(hr).to(hr.dtype) - self.phi(sr).to(hr.dtype)).square().mean()
-            loss_g = content + 1e-3 * adversarial
+            loss_g = self.content(self.phi(hr), sr) + 1e-3 * self.loss_a(sr, semantics, hr, noise)
         self.opt_g.zero_grad()
         loss_g.backward()
         self.opt_g.step()

@@ -36,7 +36,7 @@ FLOORS: list[set[str]] = [
     {"players"},
     {"loop"},
     {"bench.measure", "bench.results", "bench.work"},
-    {"shard", "train", "evaluate", "upscale", "describe", "synthetic", "bench.kernels", "bench.scaling"},
+    {"shard", "train", "evaluate", "upscale", "describe", "synthetic", "bench.kernels", "bench.scaling", "bench.step"},
     {"bench.gpu"},
     {"cli"},
     {"__main__"},

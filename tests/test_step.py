@@ -59,8 +59,7 @@ def test_a_plain_loop_computes_the_same(name: str):
     for step in range(3):
         batch = batch_of(config, step)
         statistics = ours.step(batch, step * 2, is_tick=False)
-        noise = (batch.noise.d_real, batch.noise.d_fake, batch.noise.g_real, batch.noise.g_fake)
-        loss_d, loss_g = theirs.step(batch.lr, batch.hr, noise)
+        loss_d, loss_g = theirs.step(*batch)
         torch.testing.assert_close(statistics["loss_d"], loss_d, rtol=1e-9, atol=0)
         torch.testing.assert_close(statistics["loss_g"], loss_g, rtol=1e-9, atol=0)
     mine = torch.cat([w.flatten() for w in weights(ours)])

@@ -33,7 +33,7 @@ def stages(channels: int, widths: list[tuple[int, int]], slope: float, norm: Nor
         layers.append(nn.Conv2d(channels, width, 3, stride, 1, bias=number == 0 or norm.conv_bias))
         if number:
             layers.append(nn.BatchNorm2d(width, norm.eps, track_running_stats=False))
-        layers.append(nn.LeakyReLU(slope))
+        layers.append(nn.LeakyReLU(slope, inplace=True))
         channels = width
     return nn.Sequential(*layers)
 
@@ -60,7 +60,7 @@ class Discriminator(nn.Module):
         self.config = config
         self.image = stages(3, [(multiple * width, s) for multiple, s in IMAGE_STAGES], config.slope, norm)
         self.dense = nn.Sequential(
-            nn.Conv2d(8 * width, 16 * width, 1), nn.LeakyReLU(config.slope), nn.Conv2d(16 * width, 1, 1)
+            nn.Conv2d(8 * width, 16 * width, 1), nn.LeakyReLU(config.slope, inplace=True), nn.Conv2d(16 * width, 1, 1)
         )
         features = (size // 32) ** 2
         if semantics:

@@ -22,7 +22,7 @@ def encoder_branch(side: int, width: int, norm: NormConfig) -> nn.Sequential:
         layers += [
             nn.Conv2d(channels, multiple * width, 3, stride, 1, bias=norm.conv_bias),
             nn.BatchNorm2d(multiple * width, norm.eps, track_running_stats=False),
-            nn.LeakyReLU(SLOPE),
+            nn.LeakyReLU(SLOPE, inplace=True),
         ]
         channels = multiple * width
     return nn.Sequential(*layers)

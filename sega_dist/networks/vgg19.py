@@ -56,14 +56,14 @@ class Vgg19(nn.Module):
             first, *rest = self.features.values()
             assert isinstance(first, nn.Conv2d)
             # The mean is taken off before the border is padded with zeros; the deviation is in the filter.
-            x = F.relu(F.conv2d(image - self.centre, first.weight * self.gain, first.bias, padding=1))
+            x = F.relu_(F.conv2d(image - self.centre, first.weight * self.gain, first.bias, padding=1))
             for number, layer in enumerate(rest, 2):
                 x = layer(x)
                 if number == CONV3_3:
                     conv3_3 = x
                     if not is_embedding:
                         break
-                x = F.relu(x)
+                x = F.relu(x, inplace=number != CONV3_3)
                 if number in BLOCK_ENDS and x.shape[-1] > EMBEDDING_SIDE:
                     x = F.max_pool2d(x, 2)
             return x, conv3_3

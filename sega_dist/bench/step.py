@@ -1,0 +1,412 @@
+"""A whole training step and its parts, beside what a user would write in plain PyTorch: `sega-dist bench step`.
+
+Every way starts from the same weights and trains on the same random images. Before one is timed, its losses and its
+generator's gradient are compared with those of the plain loop in fp64. The plain loop is `tests/plain.py`.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sega_dist.arguments import Device, parse
+from sega_dist.batches import make_batch
+from sega_dist.bench.measure import ceilings, device_for, in_a_row, provenance, quantiles
+from sega_dist.bench.results import Results, Row, show
+from sega_dist.bench.work import counted
+from sega_dist.config import Compile, Config, Scale
+from sega_dist.distributed import AUTOCAST, World
+from sega_dist.ema import Ema
+from sega_dist.errors import UserError, run
+from sega_dist.networks.build import build_discriminator, build_generator, build_vgg19
+from sega_dist.objectives import Batch
+from sega_dist.players import MODES, Players
+from sega_dist.presets import preset
+
+Call = Callable[[], Any]
+PLAIN = Path(__file__).resolve().parents[2] / "tests/plain.py"
+SIZE = 256  # HR side
+
+
+class Way(NamedTuple):
+    """How a column computes."""
+
+    is_ours: bool
+    precision: str
+    compile: Compile = "off"
+
+
+Column = Literal["plain_fp32", "plain_bf16", "plain_compile", "plain_compile_max", "ours_fp32", "ours_bf16",
+                 "ours_compile", "ours_compile_max"]  # fmt: skip
+WAYS: dict[Column, Way] = {
+    "plain_fp32": Way(False, "fp32"),  # NCHW, as PyTorch lays images by itself; the other ways are channels last
+    "plain_bf16": Way(False, "bf16"),
+    "plain_compile": Way(False, "bf16", "default"),
+    "plain_compile_max": Way(False, "bf16", "max"),
+    "ours_fp32": Way(True, "fp32"),
+    "ours_bf16": Way(True, "bf16"),
+    "ours_compile": Way(True, "bf16", "default"),
+    "ours_compile_max": Way(True, "bf16", "max"),
+}
+ON_CPU: tuple[Column, ...] = ("plain_fp32", "plain_bf16", "ours_fp32", "ours_bf16")
+CASE = ("part", "scale", "batch")
+KEY = (*CASE, "column", "device", "code")
+STEP = "step"
+# How far losses and gradient may be from fp64, beside three times what the plain loop in this precision is: batch norm
+# over a few images makes both of them differ at random.
+LIMITS = {"fp32": 1e-3, "bf16": 5e-2}
+
+
+@dataclass(frozen=True)
+class StepCommand:
+    """Time training steps of sega_x4 and sega_x8: whole, and part by part."""
+
+    out: Path = Path("runs/bench-step")  # rows.jsonl, step.csv, step.json, step.png
+    scale: tuple[Scale, ...] = ()  # default: 4 and 8 on a GPU, 4 on a CPU
+    batch: tuple[int, ...] = ()  # images a step; default: 8, 16, 32, 64 on a GPU, 2 on a CPU
+    columns: tuple[Column, ...] = ()  # ways to compute it; default: all on a GPU, those that do not compile on a CPU
+    device: Device = "auto"
+    minutes: float = 0  # start no new case after so long; 0 = no limit
+    again: bool = False  # time what has been timed already, too
+    quick: bool = False  # the first scale and batch alone, few repetitions
+    json: bool = False  # print the rows as JSON and nothing else
+
+
+def main(argv: list[str] | None = None) -> None:
+    command = parse(StepCommand, argv or [], "sega-dist bench step")
+    rows = bench(command)
+    if command.json:
+        print(json.dumps(rows, indent=1))
+
+
+def bench(command: StepCommand) -> list[Row]:
+    """Every row of the command, timed now or before; writes the results and prints a table."""
+    device = device_for(command.device)
+    say: Callable[[str], None] = (lambda _: None) if command.json else functools.partial(print, flush=True)
+    columns = command.columns or (tuple(WAYS) if device == "cuda" else ON_CPU)
+    scales: tuple[Scale, ...] = command.scale or ((4, 8) if device == "cuda" else (4,))
+    batches = command.batch or ((8, 16, 32, 64) if device == "cuda" else (2,))
+    if min(batches) < 2:
+        raise UserError("--batch must be 2 or more: batch norm needs two samples")
+    if command.quick:
+        scales, batches = scales[:1], batches[:1]
+    torch.backends.cudnn.benchmark = True
+    began, facts = time.monotonic(), provenance(device)
+    results = Results(command.out, KEY, facts["code"], command.again)
+    limits = {precision: ceilings(device, dtype) for precision, dtype in (("fp32", torch.float32), *AUTOCAST.items())
+              if precision in {WAYS[column].precision for column in columns}}  # fmt: skip
+    is_late = False
+    for scale in scales:
+        for batch in batches:
+            mark = {"scale": scale, "batch": batch, "device": facts["device"], "code": facts["code"]}
+            missing = [c for c in columns if not results.has({**mark, "column": c, "part": STEP})]
+            is_late = is_late or bool(command.minutes and time.monotonic() - began > command.minutes * 60)
+            if not missing or is_late:
+                continue
+            for row in compare(config_of(scale, batch), missing, device, limits, command.quick):
+                row = mark | row | {"commit": facts["commit"]}
+                results.add(row)
+                say(line(row))
+    shown = [row for row in results.rows if row["scale"] in scales and row["batch"] in batches]
+    results.write("step", facts | {"ceilings": limits}, shown, CASE, f"{SIZE} pixels")
+    if not command.json:
+        show(shown, CASE, "median ms; roof: floor over the best")
+        if is_late:
+            print(f"stopped after {command.minutes:g} minutes: not every case was timed; the same command goes on")
+    return shown
+
+
+def config_of(scale: Scale, batch: int, precision: str = "fp32", compile: Compile = "off") -> Config:
+    """The paper's training at another batch."""
+    base = preset(f"sega_x{scale}")
+    train = dataclasses.replace(base.train, batch_size=batch, precision=precision)  # type: ignore[arg-type]
+    return dataclasses.replace(base, compile=compile, train=train)
+
+
+def compare(config: Config, columns: list[Column], device: str, limits: dict[str, dict[str, float]], is_quick: bool
+            ) -> list[Row]:  # fmt: skip
+    """All columns of a case: checked, then timed in turn, forwards and backwards, so that drift meets all alike."""
+    torch._dynamo.reset()
+    exact = outcome(Plain(config, Way(False, "fp64"), device))
+    of_torch: dict[str, list[float]] = {}
+    rows: dict[tuple[Column, str], Row] = {}
+    subjects: dict[Column, Subject] = {}
+    for column in sorted(columns, key=lambda column: WAYS[column].is_ours):
+        way, start = WAYS[column], time.perf_counter()
+        try:
+            subject = (Ours if way.is_ours else Plain)(config, way, device)
+            found = errors(outcome(subject), exact)
+        except (RuntimeError, ImportError) as error:  # the row says so and the others go on
+            rows[column, STEP] = {"why": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"}
+            continue
+        row = rows[column, STEP] = {"error": max(found), "first_step_s": time.perf_counter() - start, "why": "wrong"}
+        if way.precision not in of_torch:
+            is_it = way == Way(False, way.precision)
+            of_torch[way.precision] = (
+                found if is_it else errors(outcome(Plain(config, Way(False, way.precision), device)), exact)
+            )
+        if all(e <= 3 * t + LIMITS[way.precision] for e, t in zip(found, of_torch[way.precision], strict=True)):
+            subjects[column], row["why"] = subject, ""
+    times: dict[tuple[Column, str], list[float]] = {}
+    for turn in range(1 if is_quick else 3):
+        for column in list(subjects)[:: -1 if turn % 2 else 1]:
+            for part, call in subjects[column].parts().items():
+                if part == STEP or not is_quick or WAYS[column].is_ours:
+                    times.setdefault((column, part), []).extend(in_a_row(call, device))
+    for (column, part), taken in times.items():
+        row = rows.setdefault((column, part), {"why": ""})
+        row |= quantiles(taken)
+        row |= against_roofline(config, WAYS[column].precision, part, row["median_ms"], limits)
+        if device == "cuda":
+            row |= {"memory_gb": peak_gb(subjects[column].parts()[part])}
+        if part == STEP:
+            row |= {"images_per_s": config.train.batch_size / row["median_ms"] * 1000}
+    return [{"column": column, "part": part, **row} for (column, part), row in rows.items()]
+
+
+def against_roofline(config: Config, precision: str, part: str, ms: float, limits: dict[str, dict[str, float]]) -> Row:
+    """Work of a part, the time it takes at least, and the shares of that and of the products alone in `ms`."""
+    found = work(config.scale, config.train.batch_size, precision).get(part)
+    if found is None:
+        return {}
+    of_flop = found["flop"] / limits[precision]["flop_per_s"] * 1000
+    floor = max(of_flop, found["bytes"] / limits[precision]["bytes_per_s"] * 1000)
+    return {"gflop": found["flop"] / 1e9, "gbytes": found["bytes"] / 1e9, "computed_gb": found["peak"] / 1e9,
+            "floor_ms": floor, "roof_share": floor / ms, "flop_use": of_flop / ms}  # fmt: skip
+
+
+@functools.cache
+def work(scale: Scale, batch: int, precision: str) -> dict[str, dict[str, float]]:
+    """FLOP, bytes and peak memory of each part, counted with the reference ops."""
+    config = dataclasses.replace(config_of(scale, batch), kernels="reference")
+    subject = Ours(config, Way(True, precision), "cuda" if torch.cuda.is_available() else "cpu")
+    held = sum(t.nbytes for network in subject.networks for t in (*network.parameters(), *network.buffers()))
+    counts = {part: counted(call) for part, call in subject.parts().items() if part not in ("data", "EMA")}
+    return {part: {"flop": c.flop, "bytes": c.bytes, "peak": c.peak + held} for part, c in counts.items()}
+
+
+def peak_gb(call: Call) -> float:
+    """What the GPU's allocator holds at the highest during a call, weights and all."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() / 1e9
+
+
+def outcome(subject: "Subject") -> list[Tensor]:
+    """Both losses and the generator's gradient of a first step."""
+    found = [loss.double().flatten() for loss in subject.step()]
+    gradient = torch.cat([p.grad.flatten() for p in subject.networks[0].parameters() if p.grad is not None])
+    return [*found, gradient.double()]
+
+
+def errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    """Relative, in the norm; the gradient as one vector, since single filters' gradients may be mostly rounding."""
+    return [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
+
+
+@functools.cache
+def setting(scale: Scale, batch: int) -> tuple[list[list[Tensor]], Tensor]:
+    """Weights of generator, discriminator and VGG19, and images (N,3,S,S) uint8: the same for every way."""
+    config = config_of(scale, batch)
+    torch.manual_seed(0)
+    features = build_vgg19(config)
+    assert features is not None
+    for parameter in features.parameters():
+        nn.init.kaiming_normal_(parameter) if parameter.dim() > 1 else nn.init.zeros_(parameter)
+    networks = [build_generator(config), build_discriminator(config), features]
+    # Smooth images unlike each other: between patches of noise batch norm would amplify every rounding.
+    smooth = F.interpolate(torch.rand(batch, 3, 8, 8), size=SIZE, mode="bicubic")
+    images = (smooth * 255).clamp(0, 255).to(torch.uint8)
+    return [[p.detach() for p in network.parameters()] for network in networks], images
+
+
+class Subject:
+    """A way ready to be called: a step, and what it is made of."""
+
+    batch: Batch
+    networks: list[nn.Module]  # generator, discriminator, VGG19
+    optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer]  # of generator and discriminator
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """One update of both players -> L_D, L_G."""
+        raise NotImplementedError
+
+    def pieces(self) -> dict[str, Call]:
+        """What only this way has."""
+        return {}
+
+    def generate(self) -> Tensor:
+        raise NotImplementedError
+
+    def targets(self) -> Any:
+        """Of HR and LR, what both phases need."""
+        raise NotImplementedError
+
+    def d_loss(self, targets: Any, sr: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def content(self, targets: Any, sr: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def adversarial(self, targets: Any, sr: Tensor) -> Tensor:
+        """The generator's, D being frozen."""
+        raise NotImplementedError
+
+    def parts(self) -> dict[str, Call]:
+        """The step, then its parts, each with its backward; gradients stay where the next call forgets them."""
+        sr, gradient = torch.randn_like(self.batch.hr), torch.randn_like(self.batch.hr)
+        targets = self.targets()
+        of_g, of_d = self.optimizers
+
+        def back(optimizer: torch.optim.Optimizer, loss: Tensor, gradient: Tensor | None = None) -> None:
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward(gradient)
+
+        def of_image(loss: Callable[[Any, Tensor], Tensor]) -> None:
+            x = sr.detach().requires_grad_()
+            self.networks[1].requires_grad_(False)
+            torch.autograd.grad(loss(targets, x), x)
+            self.networks[1].requires_grad_(True)
+
+        return {
+            STEP: self.step,
+            "G forward": self.generate,
+            "G forward, backward": lambda: back(of_g, self.generate(), gradient),
+            "E, VGG of HR, LR": self.targets,
+            "D phase": lambda: back(of_d, self.d_loss(targets, sr)),
+            "VGG of SR": lambda: of_image(self.content),
+            "D of G phase": lambda: of_image(self.adversarial),
+            "Adam": lambda: (of_g.step(), of_d.step()),
+        } | self.pieces()
+
+
+class Ours(Subject):
+    """This program's."""
+
+    def __init__(self, config: Config, way: Way, device: str):
+        weights, self.images = setting(config.scale, config.train.batch_size)
+        train = dataclasses.replace(config.train, precision=way.precision)  # type: ignore[arg-type]
+        self.config = dataclasses.replace(config, compile=way.compile, train=train)
+        self.world = World(way.precision, device)  # type: ignore[arg-type]
+        features = build_vgg19(config)
+        assert features is not None
+        _adopt([features], weights[2:])
+        self.players = Players(self.world, self.config, features)
+        assert self.players.discriminator is not None
+        self.g, self.d = self.players.generator, self.players.discriminator
+        self.networks, self.optimizers = [self.g.raw, self.d.raw, features], (self.g.optimizer, self.d.optimizer)
+        _adopt(self.networks[:2], weights)
+        self.batch = make_batch(self.images, 0, self.config, self.world)
+        self.average = Ema(self.g.parts, 1e4)
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        found = self.players.step(self.batch, 0, is_tick=False)
+        return found["loss_d"], found["loss_g"]
+
+    def pieces(self) -> dict[str, Call]:
+        return {"data": lambda: make_batch(self.images, 0, self.config, self.world),
+                "EMA": lambda: self.average.update(self.config.train.batch_size, 100_000)}  # fmt: skip
+
+    def generate(self) -> Tensor:
+        with self.world.autocast():
+            return self.g.forward(self.batch.lr).to(self.world.dtype)
+
+    def targets(self) -> Any:
+        with self.world.autocast():
+            return self.players.objective.targets(self.batch, is_warmup=False)
+
+    def d_loss(self, targets: Any, sr: Tensor) -> Tensor:
+        with self.world.autocast():
+            return self.players.objective.d_loss(self.d.forward, self.batch, targets, sr)[0]
+
+    def content(self, targets: Any, sr: Tensor) -> Tensor:
+        with self.world.autocast():
+            return self.players.objective.content(targets, sr)
+
+    def adversarial(self, targets: Any, sr: Tensor) -> Tensor:
+        with self.world.autocast():
+            return self.players.objective.adversarial(self.d.raw, self.batch, targets, sr)
+
+
+class Plain(Subject):
+    """The loop of `tests/plain.py`: NCHW in fp32 and fp64, as PyTorch lays images by itself, else channels last."""
+
+    def __init__(self, config: Config, way: Way, device: str):
+        weights, images = setting(config.scale, config.train.batch_size)
+        world = World("fp64" if way.precision == "fp64" else "fp32", device)  # type: ignore[arg-type]
+        torch.backends.cudnn.allow_tf32 = True  # as PyTorch has it by itself
+        narrow = AUTOCAST.get(way.precision)
+        layout = torch.channels_last if narrow else torch.contiguous_format
+        self.loop = plain_loop().Plain(config.scale, SIZE, weights, device, world.dtype, layout, narrow,
+                                       MODES.get(way.compile, ""))  # fmt: skip
+        batch = make_batch(images, 0, config, world)
+        lr, hr = (x.contiguous(memory_format=layout) for x in (batch.lr, batch.hr))
+        self.batch = Batch(lr, hr, batch.noise)
+        self.networks = [self.loop.g, self.loop.d, self.loop.e]
+        self.optimizers = (self.loop.opt_g, self.loop.opt_d)
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self.loop.step(*self.batch)
+        return found
+
+    def generate(self) -> Tensor:
+        with self.loop.autocast:
+            return self.loop.g(self.batch.lr)
+
+    def targets(self) -> Any:
+        with self.loop.autocast, torch.no_grad():
+            return self.loop.semantics(*self.batch[:2]), self.loop.phi(self.batch.hr)
+
+    def d_loss(self, targets: Any, sr: Tensor) -> Tensor:
+        with self.loop.autocast:
+            return self.loop.loss_d(sr, targets[0], *self.batch[1:])
+
+    def content(self, targets: Any, sr: Tensor) -> Tensor:
+        with self.loop.autocast:
+            return self.loop.content(targets[1], sr)
+
+    def adversarial(self, targets: Any, sr: Tensor) -> Tensor:
+        with self.loop.autocast:
+            return self.loop.loss_a(sr, targets[0], *self.batch[1:])
+
+
+def _adopt(networks: list[nn.Module], weights: list[list[Tensor]]) -> None:
+    with torch.no_grad():
+        for network, values in zip(networks, weights, strict=False):
+            for parameter, value in zip(network.parameters(), values, strict=True):
+                parameter.copy_(value)
+
+
+@functools.cache
+def plain_loop() -> Any:
+    """The module `tests/plain.py` of the checkout that this package is installed from."""
+    if not PLAIN.exists():
+        raise UserError(f"{PLAIN} is not there: the plain loop to compare with comes with a checkout, not with a wheel")
+    spec = importlib.util.spec_from_file_location("plain", PLAIN)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def line(row: Row) -> str:
+    what = f"x{row['scale']} batch {row['batch']} {row['column']} {row['part']}"
+    if row["why"]:
+        return f"{what}: {row['why']}"
+    roof = f", {row['roof_share']:.0%} of roof" if "roof_share" in row else ""
+    return f"{what}: {row['median_ms']:.2f} ms [{row['p20_ms']:.2f}, {row['p80_ms']:.2f}]{roof}"
+
+
+if __name__ == "__main__":
+    run(main)
