@@ -22,7 +22,7 @@ GPU_PYTHON ?= $(BIN)/python
 SITE ?=
 GPU_OUT ?= runs/gpu
 
-.PHONY: help demo test test-all soak gpu lint clean
+.PHONY: help demo test test-all soak gpu gpu-step lint clean
 
 help:
 	@echo "make demo            shards, trains, evaluates and upscales procedural faces in a few minutes"
@@ -30,6 +30,7 @@ help:
 	@echo "make test            the tests that take seconds each; make test-all adds the slow ones"
 	@echo "make lint            ruff and mypy"
 	@echo "make gpu             checks, tunes and times the kernels on this machine's GPU, in under ten minutes"
+	@echo "make gpu-step        the same for whole training steps: PART=check, bench or train, under nine minutes each"
 	@echo "make soak            the kernels' tests on the oldest Triton, and every kernel compiled for every chip"
 
 $(BIN)/.program: pyproject.toml constraints.txt
@@ -79,6 +80,16 @@ $(BIN)/.soak: $(BIN)/.dev
 
 gpu: $(if $(findstring $(BIN),$(GPU_PYTHON)),$(BIN)/.dev)
 	PYTHONPATH=$(SITE):$(CURDIR) TRITON_INTERPRET=0 $(GPU_PYTHON) -m sega_dist.bench.gpu --out $(GPU_OUT)
+
+# PART=check, bench or train; train wants FACES_ZIP, TEST_ZIP and VGG19.
+PART ?= check
+FACES_ZIP ?=
+TEST_ZIP ?=
+VGG19 ?=
+gpu-step: $(if $(findstring $(BIN),$(GPU_PYTHON)),$(BIN)/.dev)
+	PYTHONPATH=$(SITE):$(CURDIR) TRITON_INTERPRET=0 $(GPU_PYTHON) -m sega_dist.bench.gpu_step --part $(PART) \
+	  --out $(GPU_OUT)-step $(if $(FACES_ZIP),--faces $(FACES_ZIP)) $(if $(TEST_ZIP),--test $(TEST_ZIP)) \
+	  $(if $(VGG19),--vgg19 $(VGG19))
 
 lint: $(BIN)/.dev
 	$(BIN)/ruff check .

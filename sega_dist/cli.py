@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     if name not in COMMANDS:
         family = [known for known in COMMANDS if known.startswith(f"{words[0]} ")]
         if family:
-            raise UserError(f"unknown command {name!r}; there are {' and '.join(family)}")
+            raise UserError(f"unknown command {name!r}; there are {', '.join(family)}")
         raise UserError(f"unknown command {name!r}{closest(name, list(COMMANDS))}; sega-dist --help lists them")
     module, function, _ = COMMANDS[name]
     getattr(importlib.import_module(module), function)(words[count:])

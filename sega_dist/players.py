@@ -48,7 +48,7 @@ class Players:
         self.recorder = Recorder(CudaGraphs() if self._can_be_recorded else None)
         if config.compile != "off":
             for network in (*(player.raw for player in self.by_name.values()), *([features] if features else [])):
-                network.compile(mode=MODES[config.compile])
+                network.compile(mode=MODES[config.compile], dynamic=False)
 
     @property
     def _can_be_recorded(self) -> bool:
@@ -68,8 +68,8 @@ class Players:
             sr, targets, statistics = self._piece(self.d_phase, batch)
             diagnosis: Statistics = {}
             if is_tick:
-                with self.world.autocast():
-                    diagnosis = self.objective.diagnose(self.discriminator.raw, batch, targets, sr.detach())
+                with self.world.autocast(), self.discriminator.frozen() as frozen:
+                    diagnosis = self.objective.diagnose(frozen, batch, targets, sr.detach())
             statistics = statistics | diagnosis | self._piece(self.g_phase, batch, targets, sr)
         if self.ema:
             batch_size = self.config.train.batch_size

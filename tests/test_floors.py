@@ -38,6 +38,7 @@ FLOORS: list[set[str]] = [
     {"bench.measure", "bench.results", "bench.work"},
     {"shard", "train", "evaluate", "upscale", "describe", "synthetic", "bench.kernels", "bench.scaling", "bench.step"},
     {"bench.gpu"},
+    {"bench.gpu_step"},
     {"cli"},
     {"__main__"},
 ]

@@ -34,11 +34,10 @@ from sega_dist.bench.kernels import (
     callable_of,
     errors,
     limits_of,
-    said,
     truth,
 )  # fmt: skip
 from sega_dist.bench.measure import ceilings, chained, code_digest, cold, provenance
-from sega_dist.bench.results import Row
+from sega_dist.bench.results import Row, said
 from sega_dist.errors import UserError, run
 from sega_dist.kernels import backend, compat
 
@@ -87,8 +86,14 @@ def main(argv: list[str] | None = None) -> None:
     tested: dict[str, Any] = {"code": 0}
     failed: list[dict[str, Any]] = []
     if not command.rehearse:
+        files = ("tests/test_kernels.py", "tests/test_gpu.py")
         failed = compile_all([(row["kernel"], row["parameters"]) for row in swept(command.out)])
-        tested = stage(command.out, "tests", tests, lambda result: result["code"] == 0 and result["of"] == code)
+        tested = stage(
+            command.out,
+            "tests",
+            lambda: tests(files, 280),
+            lambda result: result["code"] == 0 and result["of"] == code,
+        )
     launches = sweep(command, ((1, 5),) if command.rehearse else SHAPES, device, failed)
     table = {"schema": 1} | {key: machine.get(key) for key in ("device", "torch", "triton", "commit", "date")}
     table |= {"launch": entries(launches), "choices": []}
@@ -177,15 +182,14 @@ def compile_all(known: list[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]
     return failed
 
 
-def tests() -> dict[str, Any]:
-    """The kernel and GPU tests, compiled; their verdict and the end of what they said."""
-    words = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider",
-             "tests/test_kernels.py", "tests/test_gpu.py"]  # fmt: skip
+def tests(files: tuple[str, ...], seconds: int) -> dict[str, Any]:
+    """Their tests with kernels compiled; their verdict and the end of what they said."""
+    words = [sys.executable, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *files]
     if importlib.util.find_spec("xdist"):
         words += ["-n", str(min(8, os.cpu_count() or 1))]
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     try:
-        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280)
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired as late:
         return {"code": -1, "of": code_digest(), "said": f"not done after {late.timeout:.0f} s"}
     print(done.stdout[-3000:], flush=True)

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sega_dist.arguments import Device, parse
 from sega_dist.bench.measure import ceilings, chained, cold, device_for, provenance, quantiles
-from sega_dist.bench.results import Results, Row, show
+from sega_dist.bench.results import Results, Row, said, show
 from sega_dist.config import GeneratorConfig, Kernels, NormConfig
 from sega_dist.errors import run
 from sega_dist.kernels.conv3x3_act import conv3x3_act
@@ -245,11 +245,6 @@ def compare(case: Case, columns: list[Column], metrics: tuple[str, ...], limits:
     calls.clear()
     gc.collect()
     return rows
-
-
-def said(error: Exception) -> str:
-    """An exception in one line."""
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
 
 
 def callable_of(case: Case, column: Column) -> Callable[[], list[Tensor]]:

@@ -144,9 +144,11 @@ def provenance(device: str) -> dict[str, Any]:
 
 
 def code_digest() -> str:
-    """Of the code that decides the figures: kernels, networks, benchmarks."""
+    """Of the code that decides the figures: kernels, networks, what a step is made of, benchmarks."""
     package = Path(__file__).resolve().parent.parent
     files = [f for part in ("kernels", "networks", "bench") for f in sorted((package / part).rglob("*.py"))]
+    step = ("batches", "batchnorm", "ema", "engines", "losses", "objectives", "players", "recording")
+    files += [package / f"{name}.py" for name in step]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
 
 

@@ -59,6 +59,11 @@ class Results:
             plot(self.out / f"{name}.png", timed, case, f"{facts['device']}, torch {facts['torch']}, {title}")
 
 
+def said(error: Exception) -> str:
+    """An exception in one line."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+
+
 def by_case(rows: list[Row], case: tuple[str, ...]) -> dict[Case, dict[str, Row]]:
     """Case -> column -> row."""
     found: dict[Case, dict[str, Row]] = {}

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from sega_dist.arguments import Device, parse
 from sega_dist.batches import make_batch
 from sega_dist.bench.measure import ceilings, device_for, in_a_row, provenance, quantiles
-from sega_dist.bench.results import Results, Row, show
+from sega_dist.bench.results import Results, Row, said, show
 from sega_dist.bench.work import counted
-from sega_dist.config import Compile, Config, Scale
+from sega_dist.config import Config, Scale
 from sega_dist.distributed import AUTOCAST, World
 from sega_dist.ema import Ema
 from sega_dist.errors import UserError, run
@@ -42,20 +42,21 @@ class Way(NamedTuple):
 
     is_ours: bool
     precision: str
-    compile: Compile = "off"
+    compile: Literal["off", "default", "max", "graphs"] = "off"  # graphs: torch.compile's own CUDA graphs
 
 
-Column = Literal["plain_fp32", "plain_bf16", "plain_compile", "plain_compile_max", "ours_fp32", "ours_bf16",
-                 "ours_compile", "ours_compile_max"]  # fmt: skip
+Column = Literal["plain_fp32", "plain_bf16", "plain_compile", "plain_graphs", "plain_max",
+                 "ours_fp32", "ours_bf16", "ours_compile", "ours_max"]  # fmt: skip
 WAYS: dict[Column, Way] = {
     "plain_fp32": Way(False, "fp32"),  # NCHW, as PyTorch lays images by itself; the other ways are channels last
     "plain_bf16": Way(False, "bf16"),
     "plain_compile": Way(False, "bf16", "default"),
-    "plain_compile_max": Way(False, "bf16", "max"),
+    "plain_graphs": Way(False, "bf16", "graphs"),
+    "plain_max": Way(False, "bf16", "max"),
     "ours_fp32": Way(True, "fp32"),
     "ours_bf16": Way(True, "bf16"),
     "ours_compile": Way(True, "bf16", "default"),
-    "ours_compile_max": Way(True, "bf16", "max"),
+    "ours_max": Way(True, "bf16", "max"),
 }
 ON_CPU: tuple[Column, ...] = ("plain_fp32", "plain_bf16", "ours_fp32", "ours_bf16")
 CASE = ("part", "scale", "batch")
@@ -117,26 +118,33 @@ def bench(command: StepCommand) -> list[Row]:
                 results.add(row)
                 say(line(row))
     shown = [row for row in results.rows if row["scale"] in scales and row["batch"] in batches]
-    results.write("step", facts | {"ceilings": limits}, shown, CASE, f"{SIZE} pixels")
+    facts |= {"ceilings": limits}
+    if not command.quick:
+        facts["fits"] = {f"x{scale} {precision}": fits(scale, precision) for scale in scales for precision in limits}
+    results.write("step", facts, shown, CASE, f"{SIZE} pixels")
     if not command.json:
         show(shown, CASE, "median ms; roof: floor over the best")
+        for what, largest in facts.get("fits", {}).items():
+            print(f"{what} fits, by count: " + ", ".join(f"{gb} GB {batch}" for gb, batch in largest.items()))
         if is_late:
             print(f"stopped after {command.minutes:g} minutes: not every case was timed; the same command goes on")
     return shown
 
 
-def config_of(scale: Scale, batch: int, precision: str = "fp32", compile: Compile = "off") -> Config:
+def config_of(scale: Scale, batch: int) -> Config:
     """The paper's training at another batch."""
     base = preset(f"sega_x{scale}")
-    train = dataclasses.replace(base.train, batch_size=batch, precision=precision)  # type: ignore[arg-type]
-    return dataclasses.replace(base, compile=compile, train=train)
+    return dataclasses.replace(base, train=dataclasses.replace(base.train, batch_size=batch))
 
 
 def compare(config: Config, columns: list[Column], device: str, limits: dict[str, dict[str, float]], is_quick: bool
             ) -> list[Row]:  # fmt: skip
     """All columns of a case: checked, then timed in turn, forwards and backwards, so that drift meets all alike."""
     torch._dynamo.reset()
-    exact = outcome(Plain(config, Way(False, "fp64"), device))
+    try:
+        exact = outcome(Plain(config, Way(False, "fp64"), device))
+    except RuntimeError as error:  # without the truth no column can be judged: rows say so, the other cases go on
+        return [{"column": column, "part": STEP, "why": f"no reference: {said(error)}"} for column in columns]
     of_torch: dict[str, list[float]] = {}
     rows: dict[tuple[Column, str], Row] = {}
     subjects: dict[Column, Subject] = {}
@@ -146,7 +154,7 @@ def compare(config: Config, columns: list[Column], device: str, limits: dict[str
             subject = (Ours if way.is_ours else Plain)(config, way, device)
             found = errors(outcome(subject), exact)
         except (RuntimeError, ImportError) as error:  # the row says so and the others go on
-            rows[column, STEP] = {"why": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"}
+            rows[column, STEP] = {"why": said(error)}
             continue
         row = rows[column, STEP] = {"error": max(found), "first_step_s": time.perf_counter() - start, "why": "wrong"}
         if way.precision not in of_torch:
@@ -192,6 +200,16 @@ def work(scale: Scale, batch: int, precision: str) -> dict[str, dict[str, float]
     held = sum(t.nbytes for network in subject.networks for t in (*network.parameters(), *network.buffers()))
     counts = {part: counted(call) for part, call in subject.parts().items() if part not in ("data", "EMA")}
     return {part: {"flop": c.flop, "bytes": c.bytes, "peak": c.peak + held} for part, c in counts.items()}
+
+
+def fits(scale: Scale, precision: str) -> dict[int, int]:
+    """The largest batch for a GPU of so many GB, by count; a tenth is left to CUDA, work spaces and fragments.
+
+    Memory is linear in the batch; the fused kernels keep less of the trunk than the reference ops counted here.
+    """
+    two, four = (work(scale, batch, precision)[STEP]["peak"] for batch in (2, 4))
+    image = (four - two) / 2
+    return {gb: int((0.9e9 * gb - two) / image) + 2 for gb in (24, 40, 80, 141)}
 
 
 def peak_gb(call: Call) -> float:
@@ -297,7 +315,7 @@ class Ours(Subject):
     def __init__(self, config: Config, way: Way, device: str):
         weights, self.images = setting(config.scale, config.train.batch_size)
         train = dataclasses.replace(config.train, precision=way.precision)  # type: ignore[arg-type]
-        self.config = dataclasses.replace(config, compile=way.compile, train=train)
+        self.config = dataclasses.replace(config, compile=way.compile, train=train)  # type: ignore[arg-type]
         self.world = World(way.precision, device)  # type: ignore[arg-type]
         features = build_vgg19(config)
         assert features is not None
@@ -345,11 +363,10 @@ class Plain(Subject):
     def __init__(self, config: Config, way: Way, device: str):
         weights, images = setting(config.scale, config.train.batch_size)
         world = World("fp64" if way.precision == "fp64" else "fp32", device)  # type: ignore[arg-type]
-        torch.backends.cudnn.allow_tf32 = True  # as PyTorch has it by itself
         narrow = AUTOCAST.get(way.precision)
         layout = torch.channels_last if narrow else torch.contiguous_format
         self.loop = plain_loop().Plain(config.scale, SIZE, weights, device, world.dtype, layout, narrow,
-                                       MODES.get(way.compile, ""))  # fmt: skip
+                                       {"off": "", "graphs": "reduce-overhead", **MODES}[way.compile])  # fmt: skip
         batch = make_batch(images, 0, config, world)
         lr, hr = (x.contiguous(memory_format=layout) for x in (batch.lr, batch.hr))
         self.batch = Batch(lr, hr, batch.noise)
