@@ -104,9 +104,8 @@ def test_what_asks_the_device_cannot_be_recorded():
 @pytest.mark.parametrize("kind", ["vgg19_pool8", "trainable"])
 def test_what_the_compiler_traces_is_the_step(kind: str, monkeypatch: pytest.MonkeyPatch):
     """Tracing and automatic differentiation as torch.compile has them; code is generated in the slow test only."""
-    compile_network = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile",
-                        lambda self, mode, dynamic: compile_network(self, backend="aot_eager", dynamic=dynamic))  # fmt: skip
+    generating = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, mode, dynamic: generating(self, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
     compare_compiled(kind, is_checkpointing=False)
