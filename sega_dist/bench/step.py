@@ -172,7 +172,7 @@ def compare(config: Config, columns: list[Column], device: str, limits: dict[str
     in_detail = [column for column in subjects if not is_quick or WAYS[column].is_ours][: 1 if is_quick else None]
     for turn in range(3):
         for column in list(subjects)[:: -1 if turn % 2 else 1]:
-            for part, call in subjects[column].parts().items():
+            for part, call in subjects[column].parts.items():
                 if part == STEP or (column in in_detail and not (is_quick and turn)):
                     times.setdefault((column, part), []).extend(in_a_row(call, device))
     for (column, part), taken in times.items():
@@ -180,7 +180,7 @@ def compare(config: Config, columns: list[Column], device: str, limits: dict[str
         row |= quantiles(taken)
         row |= against_roofline(config, WAYS[column].precision, part, row["median_ms"], limits)
         if device == "cuda":
-            row |= {"memory_gb": peak_gb(subjects[column].parts()[part])}
+            row |= {"memory_gb": peak_gb(subjects[column].parts[part])}
         if part == STEP:
             row |= {"images_per_s": config.train.batch_size / row["median_ms"] * 1000}
     return [{"column": column, "part": part, **row} for (column, part), row in rows.items()]
@@ -202,7 +202,7 @@ def work(scale: Scale, batch: int, precision: str, part: str = STEP) -> dict[str
     """FLOP, bytes and peak memory of a part, counted with the reference ops."""
     subject = countable(scale, batch, precision)
     held = sum(t.nbytes for network in subject.networks for t in (*network.parameters(), *network.buffers()))
-    count = counted(subject.parts()[part])
+    count = counted(subject.parts[part])
     return {"flop": count.flop, "bytes": count.bytes, "peak": count.peak + held}
 
 
@@ -295,6 +295,7 @@ class Subject:
         """The generator's, D being frozen."""
         raise NotImplementedError
 
+    @functools.cached_property
     def parts(self) -> dict[str, Call]:
         """The step, then its parts, each with its backward; gradients stay where the next call forgets them."""
         sr, gradient = torch.randn_like(self.batch.hr), torch.randn_like(self.batch.hr)
