@@ -47,6 +47,7 @@ class Players:
         self.memory: dict[str, float] = {}  # GB at the most in each piece of a step, on a GPU
         self.recorder = Recorder(CudaGraphs() if self._can_be_recorded else None)
         if config.compile != "off":
+            torch.backends.cudnn.benchmark = True  # every shape comes again and again
             for network in (*(player.raw for player in self.by_name.values()), *([features] if features else [])):
                 network.compile(mode=MODES[config.compile], dynamic=False)
 

@@ -164,6 +164,23 @@ def test_two_ranks_compute_what_one_does_and_no_mutant_does(tmp_path: Path):
             assert max(distances) > 1e-5, mutation
 
 
+def play_traced(rank: int, ranks: int, config: Config) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Without and with the compiler, which traces and differentiates but generates no code."""
+    generating = nn.Module.compile
+    plainly = play(rank, ranks, config, steps=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nn.Module, "compile", lambda self, mode, dynamic: generating(self, backend="aot_eager"))
+        return plainly, play(rank, ranks, dataclasses.replace(config, compile="default"), steps=2)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_a_compiled_step_on_two_ranks_is_the_step_itself(tmp_path: Path):
+    plainly, traced = on_ranks(partial(play_traced, config=with_train(precision="fp64")), 2, tmp_path)[0]
+    assert distance(traced["losses"], plainly["losses"]) < 1e-9
+    assert furthest(traced, plainly) < 1e-9
+
+
 # ZeRO --------------------------------------------------------------------------------------------------------------
 
 ENGINES = ["cpu", "zero1", "zero2", "zero3"]
@@ -377,7 +394,7 @@ def test_lower_precision_tracks_fp32(precision: str):
     assert not torch.equal(low["losses"], full["losses"])
 
 
-def dtypes_of(module: nn.Module) -> Iterator[tuple[dict[str, set[torch.dtype]], Any]]:
+def dtypes_of(module: nn.Module) -> dict[str, set[torch.dtype]]:
     """Records the dtype that each layer computes in, by name."""
     seen: dict[str, set[torch.dtype]] = {}
     for name, layer in module.named_modules():

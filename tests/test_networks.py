@@ -10,7 +10,13 @@ from sega_dist.config import DiscriminatorConfig, GeneratorConfig, NormConfig
 from sega_dist.networks.build import build_discriminator, build_generator, build_vgg19
 from sega_dist.networks.discriminator import NOISE, Discriminator, EncodingDiscriminator, dropout
 from sega_dist.networks.encoder import TrainableEncoder
-from sega_dist.networks.generator import DenseNestedBlock, Generator, InternalDenseBlock, ResidualInternalDenseBlock
+from sega_dist.networks.generator import (
+    DenseNestedBlock,
+    Generator,
+    InternalDenseBlock,
+    OutputConvolution,
+    ResidualInternalDenseBlock,
+)
 from sega_dist.networks.vgg19 import CONV3_3, Vgg19
 from sega_dist.presets import preset
 
@@ -110,6 +116,23 @@ def test_upsampling_starts_as_nearest():
     out = generator.upsampling[0](torch.randn(1, 8, 6, 6))
     assert torch.equal(out[:, :, ::2, ::2], out[:, :, 1::2, 1::2])
     assert out.std() > 0
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 13, 10), (1, 3, 5, 3)])
+def test_the_output_convolution_is_a_convolution(shape: tuple[int, ...]):
+    """By rows and in one piece: values, and gradients of image, filter and bias; also where the filter is larger."""
+    ours = OutputConvolution(shape[1], 3, 9, padding=4).double()
+    plain = nn.Conv2d(shape[1], 3, 9, padding=4).double()
+    nn.init.normal_(ours.bias)
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    found, expected = ours(x), plain(x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    gradient = torch.randn_like(expected)
+    pairs = zip(torch.autograd.grad(found, [x, ours.weight, ours.bias], gradient),
+                torch.autograd.grad(expected, [x, plain.weight, plain.bias], gradient), strict=True)  # fmt: skip
+    for mine, theirs in pairs:
+        torch.testing.assert_close(mine, theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("side", [256, 64, 32, 16])
