@@ -87,7 +87,7 @@ FACES_ZIP ?=
 TEST_ZIP ?=
 VGG19 ?=
 gpu-step: $(if $(findstring $(BIN),$(GPU_PYTHON)),$(BIN)/.dev)
-	PYTHONPATH=$(SITE):$(CURDIR) TRITON_INTERPRET=0 $(GPU_PYTHON) -m sega_dist.bench.gpu_step --part $(PART) \
+	PYTHONPATH=$(SITE):$(CURDIR) TRITON_INTERPRET=0 timeout -k 20 530 $(GPU_PYTHON) -m sega_dist.bench.gpu_step --part $(PART) \
 	  --out $(GPU_OUT)-step $(if $(FACES_ZIP),--faces $(FACES_ZIP)) $(if $(TEST_ZIP),--test $(TEST_ZIP)) \
 	  $(if $(VGG19),--vgg19 $(VGG19))
 

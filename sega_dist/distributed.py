@@ -56,7 +56,10 @@ class World:
             raise UserError(
                 f"the launcher asked for {asked} processes but {self.size} found each other; see launchers/"
             )
-        if self.device.type == "cuda" and torch.cuda.current_stream() == torch.cuda.default_stream():
+        if device != "auto" and self.device.type != device:
+            raise UserError(f"--device {device}, but accelerate chose {self.device}: is ACCELERATE_USE_CPU set?")
+        is_alone = self.device.type == "cuda" and self.size == 1 and self.zero is None
+        if is_alone and torch.cuda.current_stream() == torch.cuda.default_stream():
             torch.cuda.set_stream(torch.cuda.Stream())  # CUDA records graphs on any stream but the default one
         tf32 = precision == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32

@@ -33,10 +33,7 @@ class Player:
     def __init__(self, world: World, module: nn.Module, learning_rate: float, betas: tuple[float, float]):
         self.world = world
         self.raw = with_global_batch_norm(world.place(module), world.size, world.device.type == "cuda")
-        can_be_recorded = world.device.type == "cuda" and world.zero is None  # its count of steps is on the device
-        self.optimizer = torch.optim.Adam(
-            self.raw.parameters(), learning_rate, betas, fused=True, capturable=can_be_recorded
-        )
+        self.optimizer = torch.optim.Adam(self.raw.parameters(), learning_rate, betas, fused=True)
         self.scaler = torch.amp.GradScaler(world.device.type) if world.precision == "fp16" else None
         self.forward = self._engine()
 

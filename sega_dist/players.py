@@ -1,6 +1,7 @@
 """Both players with what they minimise: one step of the game, apart from clock, data and reports."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -45,11 +46,21 @@ class Players:
         self.objective = SegaObjective(config, features, world.global_means)
         self.ema = Ema(self.generator.parts, train.ema_kimg * 1000) if train.ema_kimg else None
         self.memory: dict[str, float] = {}  # GB at the most in each piece of a step, on a GPU
-        self.recorder = Recorder(CudaGraphs() if self._can_be_recorded else None)
+        self.recorder = Recorder(None)
+        if self._can_be_recorded:
+            self.record()
         if config.compile != "off":
             torch.backends.cudnn.benchmark = True  # every shape comes again and again
             for network in (*(player.raw for player in self.by_name.values()), *([features] if features else [])):
                 network.compile(mode=MODES[config.compile], dynamic=False)
+
+    def record(self) -> None:
+        """From now on the pieces of a step are CUDA graphs."""
+        self.recorder = Recorder(CudaGraphs())
+        warnings.filterwarnings("ignore", message=".*capturable=True")  # of the steps before the recording
+        for player in self.by_name.values():
+            for group in player.optimizer.param_groups:
+                group["capturable"] = True
 
     @property
     def _can_be_recorded(self) -> bool:
@@ -145,6 +156,7 @@ class Players:
 
     def load_full_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """The inverse of `full_state`, whatever the number of ranks or the engine that made it."""
+        self.recorder = Recorder(self.recorder.record)  # what was recorded updates tensors that are now replaced
         for name, player in self.by_name.items():
             player.load_full_state(state[name])
         if self.ema:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from sega_dist import cli
-from sega_dist.bench import gpu_step, step
+from sega_dist.bench import gpu_step, measure, step
 from sega_dist.bench.step import StepCommand, bench, work
 from sega_dist.bench.work import counted
 from sega_dist.errors import UserError
@@ -26,7 +26,8 @@ def forget() -> None:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(step, "SIZE", 64)
+    monkeypatch.setattr(step, "SIZE", 32)
+    monkeypatch.setattr(measure, "LONG", 0.0)
     forget()
     yield
     forget()
@@ -97,7 +98,8 @@ def test_a_wrong_column_has_no_time(
     assert [row["why"] for row in rows if row["column"] == "ours_fp32"] == ["wrong"]
     assert all("median_ms" in row for row in rows if row["column"] == "plain_fp32")
     monkeypatch.undo()
-    monkeypatch.setattr(step, "SIZE", 64)
+    monkeypatch.setattr(step, "SIZE", 32)
+    monkeypatch.setattr(measure, "LONG", 0.0)
     again = bench(StepCommand(out=tmp_path, columns=TWO, batch=(2,), device="cpu", quick=True))
     assert not any(row["why"] for row in again), "what failed is tried again"
 

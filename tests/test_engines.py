@@ -11,8 +11,9 @@ import pytest
 import torch
 from ranks import on_ranks, use
 from torch import Tensor, nn
+from torch.nn import functional
 
-from sega_dist import engines, players
+from sega_dist import engines, losses, players
 from sega_dist.batches import make_batch
 from sega_dist.config import (
     Config,
@@ -42,7 +43,8 @@ def with_train(**changes: Any) -> Config:
     return dataclasses.replace(TINY, train=dataclasses.replace(TINY.train, **changes))
 
 
-# The conformance pair: without batch norm, which amplifies fp32's round-off, engines can be compared over many steps.
+# The conformance pair: engines can be compared over many steps without batch norm, which amplifies fp32's round-off,
+# and with a smooth LeakyReLU and pixel loss: at a kink round-off flips a sign, on each machine another.
 # Dropout stays. Without it D's logits are nearly a constant that the loss does not see, and its gradient is noise.
 def without_batch_norm(module: nn.Module) -> nn.Module:
     for parent in list(module.modules()):
@@ -52,9 +54,17 @@ def without_batch_norm(module: nn.Module) -> nn.Module:
     return module
 
 
+def smooth(x: Tensor, slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """LeakyReLU far from zero, a curve as wide as the tiny networks' activations near it."""
+    return slope * x + (1 - slope) * functional.softplus(x, beta=8)
+
+
 @contextlib.contextmanager
 def conformance_pair() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
+        for name in ("leaky_relu", "leaky_relu_"):
+            patch.setattr(functional, name, smooth)
+        patch.setattr(losses, "pixel", lambda hr, sr: functional.huber_loss(sr, hr))
         for name in ("build_generator", "build_discriminator"):
             build = getattr(players, name)
             patch.setattr(players, name, lambda config, build=build: without_batch_norm(build(config)))
@@ -96,10 +106,7 @@ def play(rank: int, ranks: int, config: Config, steps: int = 3, mutation: str = 
         both = Players(world, config, None)
         losses = []
         for step in range(steps):
-            images = torch.randint(
-                256, (N, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(step)
-            )
-            mine = images.chunk(ranks)[rank]
+            mine = images(step).chunk(ranks)[rank]
             batch = make_batch(mine, step * N + rank * len(mine), config, world)
             statistics = both.step(batch, step * N, is_tick=False)
             losses.append(world.mean_of(torch.stack([statistics[key] for key in ("loss_d", "loss_g")])))
@@ -217,9 +224,12 @@ def test_zero_is_ddp_over_twenty_steps(engine: str, after_twenty: dict[str, dict
     assert distance(found["losses"], expected["losses"]) < 1e-5
     for prefix in ("parameter.", "exp_avg.", "exp_avg_sq.", "step."):
         assert apart(found, expected, prefix) < 1e-5, prefix
-        assert furthest(found, expected, prefix) < 1e-2, prefix  # a bias alone may be mostly round-off
+        assert furthest(found, expected, prefix) < 1e-5, prefix
     for name, tensor in found["state"]["ema"].items():
         assert distance(tensor, expected["state"]["ema"][name]) < 1e-5
+
+
+LOWER = {"bf16": 1, "fp16": 2}  # steps; fp16's first scale is too large for the generator, which skips one
 
 
 def hostile(rank: int, ranks: int, engines: list[str], moved: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -228,8 +238,8 @@ def hostile(rank: int, ranks: int, engines: list[str], moved: dict[str, Any]) ->
         "first": partial(play, config=TINY, steps=1),
         "moved": partial(move, state=moved),
         "checkpointed": partial(play_conformance, config=with_train(activation_checkpointing=True), steps=3),
-        "bf16 steps": partial(play_conformance, config=with_train(precision="bf16"), steps=2),
-        "fp16 steps": partial(play_conformance, config=with_train(precision="fp16"), steps=2),
+        "bf16 steps": partial(play_conformance, config=with_train(precision="bf16"), steps=LOWER["bf16"]),
+        "fp16 steps": partial(play_conformance, config=with_train(precision="fp16"), steps=LOWER["fp16"]),
         "fp16": partial(overflow, precision="fp16"),
         "fp32": partial(overflow, precision="fp32"),
         "mutant": partial(play_conformance, config=TINY, steps=3, mutation="unfrozen discriminator"),
@@ -250,12 +260,12 @@ def move(rank: int, ranks: int, state: dict[str, Any]) -> dict[str, Any]:
     world = World("fp32", "cpu", timeout=60)
     with conformance_pair():
         both = Players(world, TINY, None)
-    both.load_full_state(state)
-    both.load_full_state(state)  # a second time, as a rollback would
-    taken = both.full_state(both.snapshot())
-    mine = images(3).chunk(ranks)[rank]
-    both.step(make_batch(mine, 3 * N + rank * len(mine), TINY, world), 3 * N, is_tick=False)
-    return {"taken": taken, "state": both.full_state(both.snapshot())}
+        both.load_full_state(state)
+        both.load_full_state(state)  # a second time, as a rollback would
+        taken = both.full_state(both.snapshot())
+        mine = images(3).chunk(ranks)[rank]
+        both.step(make_batch(mine, 3 * N + rank * len(mine), TINY, world), 3 * N, is_tick=False)
+        return {"taken": taken, "state": both.full_state(both.snapshot())}
 
 
 def overflow(rank: int, ranks: int, precision: str) -> dict[str, Any]:
@@ -326,7 +336,7 @@ def test_zero_notices_a_discriminator_that_is_not_frozen(engine: str, after_host
     """ZeRO-1 is silently wrong, 2 and 3 fail."""
     found = after_hostility[0][engine]["mutant"]
     if engine == "zero1":
-        assert apart(found, play_conformance(0, 1, TINY, 3), "exp_avg.") > 0.1
+        assert apart(found, play_conformance(0, 1, TINY, 3), "exp_avg.") > 0.01
     else:
         assert isinstance(found, str)
 
@@ -347,18 +357,17 @@ def test_an_overflow_on_one_rank_is_agreed_on_by_all(engine: str, after_hostilit
 @pytest.mark.distributed
 @pytest.mark.deepspeed
 @zero
-@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp16", 2e-4)])
-def test_lower_precision_under_zero_is_that_under_ddp(
-    engine: str, precision: str, tolerance: float, after_hostility: list
-):
-    """The same scale, the same autocast: gradients to a few roundings, and not those of fp32.
+@pytest.mark.parametrize("precision", LOWER)
+def test_lower_precision_under_zero_is_that_under_ddp(engine: str, precision: str, after_hostility: list):
+    """The same scale, the same autocast: gradients to half a unit in the last place, and not those of fp32.
 
-    ZeRO-3 adds the two gradients of the shallow features in another order.
+    ZeRO-3 alone is not equal bit by bit: it adds the two gradients of the shallow features in another order.
     """
     found, expected = (after_hostility[0][name][f"{precision} steps"] for name in (engine, "cpu"))
-    assert distance(found["losses"], expected["losses"]) < 1e-5
-    assert apart(found, expected, "exp_avg.") < tolerance
-    assert apart(found, play_conformance(0, 1, TINY, 2), "exp_avg.") > tolerance
+    assert distance(found["losses"], expected["losses"]) < (1e-5 if precision == "fp16" else 1e-7)
+    off = apart(found, expected, "exp_avg.")
+    assert off < torch.finfo({"bf16": torch.bfloat16, "fp16": torch.float16}[precision]).eps / 2
+    assert apart(found, play_conformance(0, 1, TINY, LOWER[precision]), "exp_avg.") > max(2 * off, 1e-4)
 
 
 @pytest.mark.slow

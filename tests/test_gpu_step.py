@@ -2,24 +2,36 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import SMALL, program
 from test_step import batch_of, players_of, small, weights
 
-from sega_dist.batches import Batches
+from sega_dist.batches import Batches, make_batch
 from sega_dist.bench.step import Ours, Plain, Way, config_of, errors, is_right, outcome
 from sega_dist.config import Config
 from sega_dist.data.shards import Manifest
 from sega_dist.distributed import World
 from sega_dist.players import Players
-from sega_dist.recording import WARMUP, CudaGraphs, Recorder
+from sega_dist.recording import WARMUP
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 ON_GPU = {"ACCELERATE_USE_CPU": "false"}  # a process trains on one device; the other tests chose the CPU
+
+
+@pytest.fixture(autouse=True)
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Worlds of this process are on the GPU, as `World` itself makes sure of."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def setting(precision: str, **changed: object) -> Config:
@@ -41,8 +53,8 @@ def test_a_recorded_step_is_the_step_itself(precision: str):
     """The same bits over replays, where cuDNN is deterministic."""
     config = setting(precision)
     plainly, recorded = players_of(config, "cuda"), players_of(config, "cuda")
-    recorded.recorder = Recorder(CudaGraphs())
-    with torch.backends.cudnn.flags(deterministic=True, benchmark=False):
+    recorded.record()
+    with torch.backends.cudnn.flags(deterministic=True, allow_tf32=precision == "tf32", enabled=True):
         assert run(recorded, config, 0, WARMUP + 6) == run(plainly, config, 0, WARMUP + 6)
     assert len(recorded.recorder.recorded) == 2
     assert all(map(torch.equal, weights(recorded), weights(plainly)))
@@ -63,6 +75,7 @@ def test_a_recorded_step_never_waits_for_the_host():
     config = setting("bf16")
     players = players_of(dataclasses.replace(config, compile="default"), "cuda")
     run(players, config, 0, WARMUP + 2)
+    assert len(players.recorder.recorded) == 2
     batch = batch_of(config, 9, "cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -72,18 +85,33 @@ def test_a_recorded_step_never_waits_for_the_host():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_batches_made_beside_the_step_are_those_made_before_it(manifest: Manifest):
+def test_batches_made_beside_the_step_are_those_made_before_it(manifest: Manifest, monkeypatch: pytest.MonkeyPatch):
+    """Each is made late, on its own stream, and dropped as soon as the main stream has been told to read it."""
     config = small("tiny_x4")
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="fp32"))
-    world, busy = World("fp32", "cuda"), torch.randn(4096, 4096, device="cuda")
-    batches, plainly = Batches(manifest, config, world, 0), Batches(manifest, config, World("fp32", "cuda"), 0)
-    for _ in range(5):
-        for _ in range(20):
-            busy = (busy @ busy).clamp(-1, 1)
-        mine = next(batches)
+    world = World("fp32", "cuda")
+    expected = []
+    batches = Batches(manifest, config, world, 0)
+    for _ in range(6):
+        expected.append([t.clone() for t in next(batches).tensors()])
         torch.cuda.synchronize()
-        theirs = next(plainly)
-        assert all(map(torch.equal, mine.tensors(), theirs.tensors()))
+
+    def late(*arguments: Any) -> Any:
+        torch.cuda._sleep(20_000_000)
+        return make_batch(*arguments)
+
+    monkeypatch.setattr("sega_dist.batches.make_batch", late)
+    batches = Batches(manifest, config, world, 0)
+    assert batches.beside is not None
+    found = []
+    for _ in range(6):
+        batch = next(batches)
+        torch.cuda._sleep(20_000_000)
+        found.append([t.clone() for t in batch.tensors()])
+        del batch
+    torch.cuda.synchronize()
+    for mine, theirs in zip(found, expected, strict=True):
+        assert all(map(torch.equal, mine, theirs))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

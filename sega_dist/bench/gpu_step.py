@@ -5,6 +5,7 @@ scores it beside bicubic. Each part goes on where an earlier call of it stopped.
 """
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -77,7 +78,8 @@ def measure(command: GpuStepCommand) -> None:
     if not kept.exists() and known.exists():
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_text("".join(json.dumps(row) + "\n" for row in json.loads(known.read_text())["rows"]))
-    at8 = [replace(base, columns=SIMPLE), replace(base, columns=SIMPLE, scale=(8,)), replace(base, columns=DEAR)]
+    at8 = [replace(base, columns=SIMPLE), replace(base, columns=SIMPLE, scale=(8,))]
+    at8 += [replace(base, columns=(column,)) for column in DEAR]
     rest = [replace(base, columns=SIMPLE, scale=scale, batch=(n,)) for n in (64, 16, 32) for scale in ((4,), (8,))]
     if command.rehearse:
         at8, rest = [replace(base, columns=("plain_fp32", "ours_fp32"), batch=(2,), quick=True)], []
@@ -107,7 +109,9 @@ def page(facts: dict[str, Any], rows: list[Row]) -> str:
     for columns, floor, stretch in FLOORS:
         others = [m for column in columns if (m := ms.get((4, 8, column)))]
         ratio = f"{min(others) / mine:.2f}x" if others and mine else "not measured"
-        text.append(f"* against the best of {', '.join(columns)}: {ratio} (floor {floor}x, stretch {stretch}x)")
+        without = [column for column in columns if mine and not ms.get((4, 8, column))]
+        failed = f"; no time for {', '.join(without)}" if without else ""
+        text.append(f"* against the best of {', '.join(columns)}: {ratio} (floor {floor}x, stretch {stretch}x){failed}")
     for column, expected in PREDICTED.items():
         found = ms.get((4, 8, column))
         text.append(f"* {column}: predicted {expected} ms, {f'{found:.2f} ms' if found else 'not measured'}")
@@ -126,14 +130,16 @@ def train(command: GpuStepCommand) -> None:
     """sega_x4 for as much of the paper's 240,000 images as the time allows, then its scores."""
     if not (command.faces and command.test and (command.vgg19 or command.rehearse)):
         raise UserError("train needs --faces and --test (folders or zips of faces), and --vgg19 (weights)")
-    out, run_folder = command.out / "train", command.out / "train/run"
+    entered, out, run_folder = time.monotonic(), command.out / "train", command.out / "train/run"
     for name, source in (("train", command.faces), ("test", command.test)):
         if not (out / name / "manifest.json").exists():
             program("shard", source, out / name, "--split", name)
     words = ["--data", out / "train", "--out", run_folder]
     if command.vgg19:
         words += ["--vgg19", command.vgg19]
-    if (run_folder / "checkpoints").exists():
+    if run_folder.exists() and not list(run_folder.glob("checkpoints/*/state.json")):
+        shutil.rmtree(run_folder)  # it ended before its first checkpoint
+    if run_folder.exists():
         words += ["--resume", "latest"]
     elif command.rehearse:
         words += ["--preset", "tiny_x4", "--train.images", 16, "--compile", "off"]
@@ -141,7 +147,7 @@ def train(command: GpuStepCommand) -> None:
         words += ["--preset", "sega_x4", "--train.precision", "bf16", "--compile", "default", "--train.ema-kimg", 2]
     began, taken = time.time(), out / "seconds.json"
     spent = json.loads(taken.read_text()) if taken.exists() else 0.0
-    code = program("train", *words, seconds=command.minutes * 60)
+    code = program("train", *words, seconds=max(60, command.minutes * 60 - (time.monotonic() - entered)))
     taken.write_text(json.dumps(spent + time.time() - began))
     program("evaluate", run_folder, "--data", out / "test", "--out", out / "eval")
     write_training(command, out, spent + time.time() - began, code == 0)
@@ -171,7 +177,11 @@ def program(*words: object, seconds: float = 600) -> int:
         code = process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.send_signal(signal.SIGTERM)
-        code = process.wait(90)
+        try:
+            code = process.wait(60)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise UserError(f"sega-dist {words[0]} did not end within a minute of being asked", 1) from None
     if code not in (0, PREEMPTED):
         raise UserError(f"sega-dist {words[0]} ended with {code}", 1)
     return code

@@ -1,6 +1,7 @@
 """How the benchmarks time, and what they say of the machine: the same for every benchmark."""
 
 import hashlib
+import math
 import platform
 import statistics
 import subprocess
@@ -60,8 +61,11 @@ def chained(call: Call) -> tuple[Any, list[float]]:
     return replayed, in_a_row(graph.replay, "cuda")
 
 
-def in_a_row(call: Call, device: str) -> list[float]:
-    """Milliseconds of a call among its like, as in a loop: on a GPU in groups that the host does not wait within."""
+def in_a_row(call: Call, device: str, group_ms: float = 5) -> list[float]:
+    """Milliseconds of a call among its like, as in a loop: on a GPU in groups that the host does not wait within.
+
+    `group_ms`: how long a group takes at least, far above the timers' grain.
+    """
     if device == "cpu":
         times: list[float] = []
         began = time.perf_counter()
@@ -71,7 +75,7 @@ def in_a_row(call: Call, device: str) -> list[float]:
             times.append((time.perf_counter() - start) * 1000)
         return times
     once = statistics.median(_synchronised(call, device))
-    count = max(1, int(5 / once))  # a group takes 5 ms, far above the timers' grain
+    count = max(1, math.ceil(group_ms / once))
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     times = []
     for _ in range(max(5, int(LONG * 1000 / (once * count)))):
@@ -147,8 +151,10 @@ def code_digest() -> str:
     """Of the code that decides the figures: kernels, networks, what a step is made of, benchmarks."""
     package = Path(__file__).resolve().parent.parent
     files = [f for part in ("kernels", "networks", "bench") for f in sorted((package / part).rglob("*.py"))]
-    step = ("batches", "batchnorm", "ema", "engines", "losses", "objectives", "players", "recording")
+    step = ("batches", "batchnorm", "config", "distributed", "ema", "engines", "losses", "objectives", "players",
+            "presets", "recording")  # fmt: skip
     files += [package / f"{name}.py" for name in step]
+    files += [file for file in (package.parent / "tests/plain.py",) if file.exists()]
     return hashlib.sha256(b"".join(f.read_bytes() for f in files)).hexdigest()[:12]
 
 
