@@ -59,14 +59,15 @@ endif
 	@echo "figures:   $(DEMO)/metrics.json   $(DEMO)/per_image.csv"
 
 test: $(BIN)/.dev
-	$(BIN)/python -m pytest -m "kernels and not slow" -n $(JOBS)
-	$(BIN)/python -m pytest -m "not kernels and not slow"
+	$(BIN)/python -m pytest -m "not distributed and not slow" -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -m "distributed and not slow"
 
 test-all: $(BIN)/.dev
-	$(BIN)/python -m pytest -m kernels -n $(JOBS)
-	$(BIN)/python -m pytest -m "not kernels"
+	$(BIN)/python -m pytest -m "not distributed" -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -m "distributed and not soak"
 
 soak: $(BIN)/.soak
+	$(BIN)/python -m pytest -m soak
 	$(SOAK)/python -m pytest -p no:cacheprovider tests/test_kernels.py
 	TRITON_INTERPRET=0 $(SOAK)/python -m sega_dist.kernels.aot --arch sm_80 sm_89 sm_90 sm_100 gfx942 --dtype bf16 fp16 fp32
 	TRITON_INTERPRET=0 $(BIN)/python -m sega_dist.kernels.aot --arch sm_80 sm_89 sm_90 sm_100 gfx942 --dtype bf16 fp16 fp32

@@ -43,7 +43,9 @@ def wait_for(what: str, holds, seconds: float) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["multi_node", pytest.param("zero2", marks=pytest.mark.deepspeed)])
+@pytest.mark.parametrize(
+    "launcher", ["multi_node", pytest.param("zero2", marks=[pytest.mark.deepspeed, pytest.mark.soak])]
+)
 def test_two_machines_lose_their_cable_say_so_and_go_on(launcher: str, manifest: Manifest, tmp_path: Path):
     """The cable is cut in the middle; every rank names the other within the timeout; the resumed run ends in the same
     bits as one that was left alone."""
