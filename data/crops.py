@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageOps, features
 from PIL import __version__ as pillow_version
 
-Crop = Literal["sega", "plain", "square"]
+Crop = Literal["sega", "plain", "square", "wild"]
 ZOOM = 1.15  # crop `sega` enlarges by this before it cuts, our reading of the paper's panels
 MIN_SIDE = 16  # pixels; anything smaller is an icon, not a photograph
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")  # whatever a file's name says; some other decoders run programs
@@ -25,8 +25,8 @@ class UnusableImage(Exception):
     """An image that cannot be used, and why."""
 
 
-def hr_bytes(data: bytes, crop: Crop, size: int) -> bytes:
-    """JPEG bytes of the `size` x `size` HR image made from one photograph.
+def hr_bytes(data: bytes, crop: Crop, size: int, box: tuple[int, int, int, int] | None = None) -> bytes:
+    """JPEG bytes of the `size` x `size` HR image made from one photograph; crop wild takes the face in `box`.
 
     A photograph that has this size and is an upright RGB JPEG already is kept byte for byte. Raises UnusableImage.
     """
@@ -36,7 +36,9 @@ def hr_bytes(data: bytes, crop: Crop, size: int) -> bytes:
     if has_form and is_upright:
         return data
     out = io.BytesIO()
-    (rgb if rgb.size == (size, size) else CROPS[crop](rgb, size)).save(out, **JPEG)  # type: ignore[arg-type]
+    if rgb.size != (size, size):
+        rgb = wild(rgb, size, box) if box else CROPS[crop](rgb, size)
+    rgb.save(out, **JPEG)  # type: ignore[arg-type]
     return out.getvalue()
 
 
@@ -62,6 +64,17 @@ def plain(image: Image.Image, size: int) -> Image.Image:
 def square(image: Image.Image, size: int) -> Image.Image:
     """The largest centred square."""
     return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+
+
+def wild(image: Image.Image, size: int, box: tuple[int, int, int, int]) -> Image.Image:
+    """The square around the middle of `box` (left, top, width, height) that holds it, moved inside the image."""
+    left, top, width, height = box
+    side = min(max(width, height), *image.size)
+    if min(width, height) < MIN_SIDE or left + width > image.width or top + height > image.height:
+        raise UnusableImage(f"its face box {box} is too small, or outside its {image.width}x{image.height} pixels")
+    x, y = (min(max(start + (length - side) // 2, 0), whole - side)
+            for start, length, whole in ((left, width, image.width), (top, height, image.height)))  # fmt: skip
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
 
 
 CROPS = {"sega": sega, "plain": plain, "square": square}

@@ -5,13 +5,13 @@ import itertools
 import json
 import os
 import signal
+import tarfile
 import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -40,7 +40,7 @@ class ShardReader:
         self.manifest = manifest
         self.shards = manifest.side(side)
         self.starts = np.cumsum([0] + [shard.samples for shard in self.shards])
-        self.files: dict[int, tuple[int, NDArray[Any]]] = {}  # shard number -> descriptor and memory-mapped index
+        self.files: dict[int, list[int]] = {}  # shard number -> descriptors of the tar and its index
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -62,30 +62,46 @@ class ShardReader:
         """The name that sample `number` had in its source."""
         return str(json.loads(self._member(number, 1))["name"])
 
-    def _member(self, number: int, which: int) -> bytes:
+    def key(self, number: int) -> str:
+        """The key of sample `number`, from the header of its image in the tar."""
+        shard, offset, _, _ = self.place(number, 0)
+        header = self._bytes(shard, 0, tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
+        return tarfile.TarInfo.frombuf(header, "utf-8", "strict").name.partition(".")[0]
+
+    def place(self, number: int, which: int) -> tuple[int, int, int, int]:
+        """The shard of a member of sample `number` (0 image, 1 JSON), and the offset, length and crc32 of its bytes."""
         shard = int(np.searchsorted(self.starts, number, side="right")) - 1
-        descriptor, index = self._open(shard)
-        offset, length, crc32 = index[(number - int(self.starts[shard])) * MEMBERS + which].item()
-        try:
-            data = os.pread(descriptor, length, offset)
-        except OSError as error:  # a bad sector, a stale handle
-            raise DamagedSample(f"sample {number} in {self.shards[shard].name}: {error.strerror}") from None
-        if len(data) != length or zlib.crc32(data) != crc32:
+        entry = (number - int(self.starts[shard])) * MEMBERS + which
+        found = np.frombuffer(self._bytes(shard, 1, INDEX.itemsize, entry * INDEX.itemsize), INDEX)[0].item()
+        return (shard, *found)
+
+    def _member(self, number: int, which: int) -> bytes:
+        shard, offset, length, crc32 = self.place(number, which)
+        data = self._bytes(shard, 0, length, offset)
+        if zlib.crc32(data) != crc32:
             raise DamagedSample(f"sample {number} in {self.shards[shard].name}")
         return data
 
-    def _open(self, shard: int) -> tuple[int, NDArray[Any]]:
+    def _bytes(self, shard: int, which: int, length: int, offset: int) -> bytes:
+        """Part of a tar (0) or of its index (1)."""
+        try:
+            data = os.pread(self._open(shard)[which], length, offset)
+        except OSError as error:  # a bad sector, a stale handle
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise  # no fault of the data
+            raise DamagedSample(f"{self.shards[shard].name}: {error.strerror}") from None
+        if len(data) != length:
+            raise DamagedSample(f"{self.shards[shard].name} ends early")
+        return data
+
+    def _open(self, shard: int) -> list[int]:
+        """Descriptors of a tar and its index."""
         if shard not in self.files:
             if len(self.files) == OPEN_SHARDS:
-                os.close(self.files.pop(next(iter(self.files)))[0])
-            folder, entry = self.manifest.folder, self.shards[shard]
-            try:
-                index = np.memmap(folder / entry.index_name, INDEX, mode="r")
-                self.files[shard] = os.open(folder / entry.name, os.O_RDONLY), index
-            except (OSError, ValueError) as error:
-                if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                    raise  # no fault of the sample
-                raise DamagedSample(f"{entry.name}: {error}") from None
+                for descriptor in self.files.pop(next(iter(self.files))):
+                    os.close(descriptor)
+            names = self.shards[shard].name, self.shards[shard].index_name
+            self.files[shard] = [os.open(self.manifest.folder / name, os.O_RDONLY) for name in names]
         return self.files[shard]
 
 

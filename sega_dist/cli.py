@@ -9,7 +9,10 @@ from sega_dist.errors import UserError, closest, run
 # Each job: its module, its function, and what it does. Modules load only when asked for.
 COMMANDS = {
     "shard": ("sega_dist.shard", "main", "photographs to shards"),
-    "verify": ("sega_dist.shard", "verify_main", "check every byte of shards"),
+    "verify": ("sega_dist.verify", "verify_main", "check every byte of shards"),
+    "repair": ("sega_dist.verify", "repair_main", "write damaged shards anew from their source"),
+    "inspect": ("sega_dist.verify", "inspect_main", "find one sample in shards"),
+    "stats": ("sega_dist.verify", "stats_main", "what shards hold, and some of its faces"),
     "train": (
         "sega_dist.train",
         "main",

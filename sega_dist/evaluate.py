@@ -83,8 +83,8 @@ def evaluate(command: EvaluateCommand, world: World) -> dict[str, Any]:
     manifest, scale = open_manifest(command.data), snapshot.config.scale
     reader = ShardReader(manifest, command.split)
     protocol = PROTOCOL | {
-        "scale": scale, "split": command.split, "data": manifest.digest, "data_split": manifest.split,
-        "crop_of_source": manifest.crop, "nimg": snapshot.nimg, "device": snapshot.device.type,
+        "scale": scale, "split": command.split, "data": manifest.digest, "data_split": manifest.recipe.split,
+        "crop_of_source": manifest.recipe.crop, "nimg": snapshot.nimg, "device": snapshot.device.type,
         "lr": "bicubic, antialiased, a = -0.5, rounded to 8 bits",
     }  # fmt: skip
     world.agree(protocol | {"--batch": command.batch, "--save": command.save})

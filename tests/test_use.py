@@ -13,7 +13,7 @@ import torch
 from conftest import program
 from PIL import Image
 
-from sega_dist import describe, evaluate, shard, train, upscale
+from sega_dist import describe, evaluate, shard, train, upscale, verify
 from sega_dist.checkpoint import save_snapshot
 from sega_dist.config import Config, DataConfig, GeneratorConfig
 from sega_dist.data.shards import Manifest
@@ -245,7 +245,7 @@ def test_bad_shards(manifest: Manifest, snapshot: Path, tmp_path: Path):
              (tmp_path, "no manifest"), (climbing, "outside its folder"), (newer, "format 9")]  # fmt: skip
     for folder, said in cases:
         for main in (
-            lambda data: shard.verify_main([data]),
+            lambda data: verify.verify_main([data]),
             lambda data: evaluate.main([str(snapshot), "--data", data, "--out", str(tmp_path / "out")]),
             lambda data: train.main(["--preset", "tiny_x4", "--data", data, "--out", str(tmp_path / "out")]),
         ):
