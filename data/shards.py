@@ -123,8 +123,14 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(
             f"{folder} is not a folder of shards: no {MANIFEST}; make one with: sega-dist shard SOURCE {folder}"
         )
+    return parse_manifest(path.read_bytes(), folder)
+
+
+def parse_manifest(text: bytes, folder: Path) -> Manifest:
+    """The data set that `text` describes; raises UserError."""
+    path = folder / MANIFEST
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(text)
         version = values.pop("format")
         if version != FORMAT:
             raise UserError(f"{path} has format {version}, this version reads {FORMAT}; shard the images again")

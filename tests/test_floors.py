@@ -23,7 +23,7 @@ FLOORS: list[set[str]] = [
     {"data.celeba"},
     {"data.splits"},
     {"data.shards"},
-    {"data.images", "data.packing"},
+    {"data.images", "data.packing", "data.remote"},
     {"networks.initial", "networks.vgg19", "networks.checkpointing"},
     {"networks.generator", "networks.encoder"},
     {"networks.discriminator"},

@@ -235,12 +235,12 @@ def test_bad_shards(manifest: Manifest, snapshot: Path, tmp_path: Path):
     data = bytearray((index / "test-00000.idx").read_bytes())
     data[3] ^= 1
     as_bytes(index / "test-00000.idx", bytes(data))
-    (text / "manifest.json").write_text('{"format": 1, "size"')
+    (text / "manifest.json").write_text('{"format": 2, "size"')
     climbing = copy("climbing")
     values = (climbing / "manifest.json").read_text().replace("test-00000.tar", "../cut/test-00000.tar")
     (climbing / "manifest.json").write_text(values)
     newer = copy("newer")
-    (newer / "manifest.json").write_text((newer / "manifest.json").read_text().replace('"format": 1', '"format": 9'))
+    (newer / "manifest.json").write_text((newer / "manifest.json").read_text().replace('"format": 2', '"format": 9'))
     cases = [(cut, "cut short"), (gone, "is missing"), (index, "is damaged"), (text, "is damaged"),
              (tmp_path, "no manifest"), (climbing, "outside its folder"), (newer, "format 9")]  # fmt: skip
     for folder, said in cases:
