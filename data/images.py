@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sega_dist.data import positions
-from sega_dist.data.crops import UnusableImage, decode
+from sega_dist.data.crops import UnusableImage, hr_pixels
 from sega_dist.data.shards import INDEX, MEMBERS, Manifest
 
 OPEN_SHARDS = 128  # at most, of two descriptors each: a process may often have 1,024
@@ -29,7 +30,7 @@ class DamagedSample(Exception):
 class Sample(NamedTuple):
     """One HR image at a position of a run; the loader makes micro-batches of them with a leading dimension N."""
 
-    image: Tensor  # (3,S,S) uint8
+    image: Tensor  # (S,S,3) uint8, as decoded: stacking them copies whole images
     damaged: Tensor  # () how many samples had to be passed over to find it
 
 
@@ -50,13 +51,17 @@ class ShardReader:
 
     def image(self, number: int) -> Tensor:
         """(3,S,S) uint8 of sample `number`; raises DamagedSample."""
+        return torch.from_numpy(self.pixels(number)).permute(2, 0, 1)
+
+    def pixels(self, number: int) -> NDArray[np.uint8]:
+        """(S,S,3), as the decoder lays them; raises DamagedSample."""
         try:
-            pixels = np.array(decode(self._member(number, 0), min_side=1))
+            pixels = hr_pixels(self._member(number, 0))
         except UnusableImage as error:
             raise DamagedSample(str(error)) from None
         if pixels.shape != (self.manifest.size, self.manifest.size, 3):
             raise DamagedSample(f"{pixels.shape} instead of side {self.manifest.size}")
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        return pixels
 
     def name(self, number: int) -> str:
         """The name that sample `number` had in its source."""
@@ -116,12 +121,12 @@ class TrainingImages(Dataset[Sample]):
         first = positions.sample_at(self.seed, position, n)
         for damaged in range(n):
             try:
-                return Sample(self.reader.image((first + damaged) % n), torch.tensor(damaged))
+                pixels = self.reader.pixels((first + damaged) % n)
+                return Sample(torch.from_numpy(pixels), torch.tensor(damaged))
             except DamagedSample:
                 continue
-        return Sample(
-            torch.zeros(3, self.reader.manifest.size, self.reader.manifest.size, dtype=torch.uint8), torch.tensor(n)
-        )
+        size = self.reader.manifest.size
+        return Sample(torch.zeros(size, size, 3, dtype=torch.uint8), torch.tensor(n))
 
 
 class RankPositions(Sampler[list[int]]):
@@ -137,7 +142,7 @@ class RankPositions(Sampler[list[int]]):
 
 
 def training_loader(dataset: TrainingImages, order: RankPositions, workers: int) -> DataLoader[Sample]:
-    """Micro-batches of `Sample` (image (N,3,S,S), damaged (N,)) decoded by worker processes."""
+    """Micro-batches of `Sample` (image (N,S,S,3), damaged (N,)) decoded by worker processes."""
     return DataLoader(
         dataset,
         batch_sampler=order,

@@ -39,14 +39,15 @@ class Batches:
             self.waited += time.perf_counter() - start
             self.bad_samples += int(sample.damaged.sum())
             first, self.nimg = self.nimg + self.world.rank * len(sample.image), self.nimg + self.config.train.batch_size
+            images = sample.image.permute(0, 3, 1, 2)
             if self.beside is None:
-                return make_batch(sample.image, first, self.config, self.world)
+                return make_batch(images, first, self.config, self.world)
             if self.taken is not None:
                 self.taken.synchronize()  # one batch ahead is enough: more would only fill memory
             now = torch.cuda.current_stream()
             self.taken = now.record_event()
             with torch.cuda.stream(self.beside):
-                batch = make_batch(sample.image, first, self.config, self.world)
+                batch = make_batch(images, first, self.config, self.world)
             now.wait_stream(self.beside)
             for tensor in batch.tensors():
                 tensor.record_stream(now)
@@ -59,7 +60,7 @@ def make_batch(images: Tensor, first: int, config: Config, world: World) -> Batc
     if config.data.patch:
         images = patches(images, config.data.patch, positions.uniform(seed, positions.PATCH, first, count, 2))
     flips = positions.uniform(seed, positions.FLIP, first, count, 1)[:, 0] < config.data.hflip
-    lr, hr = make_pair(images.to(device, non_blocking=True), flips, config.scale, world.dtype)
+    lr, hr = make_pair(images.to(device, non_blocking=True).contiguous(), flips, config.scale, world.dtype)
     noise = torch.stack([torch.from_numpy(positions.uniform(seed, s, first, count, NOISE)) for s in STREAMS])
     noise = noise.to(world.dtype)
     if device.type == "cuda":

@@ -4,6 +4,7 @@ import hashlib
 import io
 import math
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -74,21 +75,43 @@ def test_noise_is_uniform():
     assert values.var() == pytest.approx(1 / 12, abs=0.002)
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 0), (3, 0), (4, 0), (6, 0), (1, 1), (2, 1)])
-def test_global_batches_do_not_depend_on_ranks_workers_or_stops(manifest: Manifest, ranks: int, workers: int):
+def read(reader: ShardReader, first: int, steps: int, batch: int, ranks: int, workers: int) -> torch.Tensor:
+    """The images of global batches from a position on, put together from all ranks."""
+    parts = []
+    for rank in range(ranks):
+        loader = training_loader(TrainingImages(reader, 4), RankPositions(first, batch, rank, ranks), workers)
+        parts.append([images for _, (images, _) in zip(range(steps), loader, strict=False)])
+    return torch.cat([torch.cat([part[step] for part in parts]) for step in range(steps)])
+
+
+@pytest.fixture(scope="module")
+def in_order(manifest: Manifest) -> torch.Tensor:
+    """The images that a run sees from its first to its 288th, twelve passes over the samples."""
     reader = ShardReader(manifest, "train")
+    return torch.stack([torch.from_numpy(reader.pixels(positions.sample_at(4, k, 24))) for k in range(288)])
 
-    def read(first: int, steps: int) -> torch.Tensor:
-        """The global batches from a position on, put together from all ranks."""
-        parts = []
-        for rank in range(ranks):
-            loader = training_loader(TrainingImages(reader, 4), RankPositions(first, 12, rank, ranks), workers)
-            parts.append([images for _, (images, _) in zip(range(steps), loader, strict=False)])
-        return torch.cat([torch.cat([part[step] for part in parts]) for step in range(steps)])
 
-    expected = torch.stack([reader.image(positions.sample_at(4, k, 24)) for k in range(60)])
-    assert torch.equal(read(0, 5), expected)
-    assert torch.equal(read(36, 2), expected[36:])
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8])
+def test_global_batches_do_not_depend_on_ranks_or_workers(
+    manifest: Manifest, in_order: torch.Tensor, ranks: int, workers: int
+):
+    assert torch.equal(read(ShardReader(manifest, "train"), 24, 3, 24, ranks, workers), in_order[24:96])
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_run_may_stop_anywhere_and_go_on_with_another_world(
+    manifest: Manifest, in_order: torch.Tensor, data: st.DataObject
+):
+    """Any number of ranks and any batch in each stretch of a run: image k of the run is always the same."""
+    reader, seen, parts = ShardReader(manifest, "train"), 0, []
+    while seen < 150:
+        ranks, micro_batch = data.draw(st.sampled_from([1, 2, 3, 4, 6, 8])), data.draw(st.integers(1, 4))
+        steps = data.draw(st.integers(1, 4))
+        parts.append(read(reader, seen, steps, ranks * micro_batch, ranks, 0))
+        seen += len(parts[-1])
+    assert torch.equal(torch.cat(parts), in_order[:seen])
 
 
 # --- pairs
@@ -108,6 +131,32 @@ def test_bicubic_is_pillows_to_one_grey_level(scale: int):
             image.resize((side, side), Image.Resampling.BICUBIC).resize((256, 256), Image.Resampling.BICUBIC)
         )
         assert (up.int() - back.int()).abs().max() <= 1
+
+
+def resized(pixels: np.ndarray, side: int) -> np.ndarray:
+    """One axis of an image (length, ...) to `side` in fp64: Keys' cubic, a = -0.5, as wide as the reduction."""
+    length, reduction = len(pixels), max(len(pixels) / side, 1.0)
+    out = []
+    for number in range(side):
+        centre = (number + 0.5) * length / side
+        taps = np.arange(max(0, int(centre - 2 * reduction)), min(length, int(centre + 2 * reduction) + 2))
+        x = np.abs((taps + 0.5 - centre) / reduction)
+        near, far = 1.5 * x**3 - 2.5 * x**2 + 1, -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+        weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+        out.append(np.tensordot(weights / weights.sum(), pixels[taps].astype(np.float64), 1))
+    return np.clip(np.floor(np.stack(out) + 0.5), 0, 255)
+
+
+@pytest.mark.parametrize("height_width", [(256, 256), (64, 64), (178, 218), (97, 131)])
+@pytest.mark.parametrize("scale", [2, 4, 8, 16])
+def test_bicubic_is_the_rule_to_one_grey_level(scale: int, height_width: tuple[int, int]):
+    """An independent implementation in fp64, rows before columns and 8 bits between, down and up."""
+    height, width = height_width
+    pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    for h, w in ((height // scale, width // scale), (height * 2 // scale, width)):
+        expected = resized(resized(pixels.transpose(1, 0, 2), w).transpose(1, 0, 2), h)
+        ours = bicubic(torch.from_numpy(pixels).permute(2, 0, 1)[None], h, w)[0].permute(1, 2, 0).numpy()
+        assert np.abs(ours.astype(int) - expected).max() <= 1
 
 
 def test_lr_of_a_constant_image_is_that_constant():
@@ -237,6 +286,39 @@ def test_a_bomb_is_refused_from_its_header():
         crops.hr_bytes(header, "sega", 64)
 
 
+@pytest.mark.parametrize("options", [{}, {"quality": 20}, {"subsampling": 0}, {"subsampling": 1}, {"progressive": True},
+                                     {"optimize": True, "quality": 100}])  # fmt: skip
+@pytest.mark.parametrize("side", [256, 64, 33])
+def test_pixels_are_pillows(options: dict, side: int):
+    rng = np.random.default_rng(0)
+    for image in (portrait(side), Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))):
+        data = jpeg(image, **options)
+        with Image.open(io.BytesIO(data)) as pillows:
+            assert np.array_equal(crops.hr_pixels(data), np.asarray(pillows.convert("RGB")))
+
+
+def test_pixels_of_real_faces_are_pillows(real_data: Path):
+    with zipfile.ZipFile(real_data / "celeba256-test.zip") as archive:
+        for data in map(archive.read, [n for n in archive.namelist() if n.endswith(".jpg")]):
+            with Image.open(io.BytesIO(data)) as pillows:
+                assert np.array_equal(crops.hr_pixels(data), np.asarray(pillows))
+
+
+def test_what_only_pillow_forgives_is_written_anew():
+    """Every stored image can be read by the strict decoder, or it is not stored as it is."""
+    whole, kept, anew = jpeg(portrait(64), quality=95), 0, 0
+    for at in range(700, len(whole) - 2, 7):
+        data = bytearray(whole)
+        data[at] ^= 0x5A
+        try:
+            stored = crops.hr_bytes(bytes(data), "sega", 64)
+        except crops.UnusableImage:
+            continue
+        crops.hr_pixels(stored)
+        kept, anew = kept + (stored == bytes(data)), anew + (stored != bytes(data))
+    assert kept and anew
+
+
 # --- shards
 
 
@@ -282,7 +364,7 @@ def test_a_damaged_sample_is_replaced_by_its_neighbour(manifest: Manifest, tmp_p
     position = next(k for k in range(24) if positions.sample_at(0, k, 24) == 5)
     image, damaged = TrainingImages(reader, 0)[position]
     assert damaged == 1
-    assert torch.equal(image, reader.image(6))
+    assert torch.equal(image.permute(2, 0, 1), reader.image(6))
 
 
 def test_verify_finds_one_flipped_byte(manifest: Manifest, tmp_path: Path):
@@ -295,7 +377,7 @@ def test_verify_finds_one_flipped_byte(manifest: Manifest, tmp_path: Path):
 def test_the_last_sample_is_replaced_by_the_first(manifest: Manifest, tmp_path: Path):
     reader = damaged_copy(manifest, tmp_path / "shards", 23)
     position = next(k for k in range(24) if positions.sample_at(0, k, 24) == 23)
-    assert torch.equal(TrainingImages(reader, 0)[position].image, reader.image(0))
+    assert torch.equal(TrainingImages(reader, 0)[position].image.permute(2, 0, 1), reader.image(0))
 
 
 def test_synthetic_faces_are_a_function_of_seed_and_index():
