@@ -31,7 +31,7 @@ class Sample(NamedTuple):
     """One HR image at a position of a run; the loader makes micro-batches of them with a leading dimension N."""
 
     image: Tensor  # (S,S,3) uint8, as decoded: stacking them copies whole images
-    damaged: Tensor  # () how many samples had to be passed over to find it
+    damaged: int  # how many samples had to be passed over to find it; a tensor (N,) in a micro-batch
 
 
 class ShardReader:
@@ -122,11 +122,11 @@ class TrainingImages(Dataset[Sample]):
         for damaged in range(n):
             try:
                 pixels = self.reader.pixels((first + damaged) % n)
-                return Sample(torch.from_numpy(pixels), torch.tensor(damaged))
+                return Sample(torch.from_numpy(pixels), damaged)
             except DamagedSample:
                 continue
         size = self.reader.manifest.size
-        return Sample(torch.zeros(size, size, 3, dtype=torch.uint8), torch.tensor(n))
+        return Sample(torch.zeros(size, size, 3, dtype=torch.uint8), n)
 
 
 class RankPositions(Sampler[list[int]]):

@@ -24,6 +24,7 @@ from sega_dist.errors import UserError, closest
 FORMAT = 2
 MANIFEST = "manifest.json"
 INDEX = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])  # one entry a tar member, in order
+HEADER = {"user": "sega-dist", "group": "sega-dist", "mode": 0o444, "mtime": 0}  # of every member
 MEMBERS = 2  # of a sample: its image and its JSON
 
 
@@ -155,14 +156,19 @@ def verify(manifest: Manifest, is_quick: bool = False) -> Iterator[tuple[Shard, 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, bytes, dict[str, Any]]]) -> Shard:
     """Write (key, JPEG bytes, metadata) samples to a tar and its index, same samples, same bytes."""
-    count, owner = 0, {"user": "sega-dist", "group": "sega-dist", "mode": 0o444, "mtime": 0}
-    with _made_whole(path) as file, webdataset.TarWriter(file, **owner) as writer:
+    entries = []
+    with _made_whole(path) as file, webdataset.TarWriter(file, **HEADER, encoder=False) as writer:
+        writer.tarstream.format = tarfile.USTAR_FORMAT  # one header a member
         for key, image, metadata in samples:
-            writer.write({"__key__": key, "jpg": image, "json": json.dumps(metadata, sort_keys=True).encode()})
-            count += 1
-    index = index_bytes(path)
+            text, header = json.dumps(metadata, sort_keys=True).encode(), writer.tarstream.offset
+            writer.write({"__key__": key, "jpg": image, "json": text})
+            for data in (image, text):
+                entries.append((header + tarfile.BLOCKSIZE, len(data), zlib.crc32(data)))
+                header += tarfile.BLOCKSIZE * (1 - (-len(data) // tarfile.BLOCKSIZE))
+    index = np.array(entries, INDEX).tobytes()
     write_whole(path.parent / index_name(path.name), index)
-    return Shard(path.name, count, path.stat().st_size, file_sha256(path), hashlib.sha256(index).hexdigest())
+    samples_written = len(entries) // MEMBERS
+    return Shard(path.name, samples_written, path.stat().st_size, file_sha256(path), hashlib.sha256(index).hexdigest())
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -183,16 +189,6 @@ def _made_whole(path: Path) -> Iterator[BinaryIO]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def index_bytes(path: Path) -> bytes:
-    """Offset, length and crc32 of every member of a tar."""
-    entries = []
-    with tarfile.open(path) as tar, path.open("rb") as file:
-        for member in tar:
-            file.seek(member.offset_data)
-            entries.append((member.offset_data, member.size, zlib.crc32(file.read(member.size))))
-    return np.array(entries, dtype=INDEX).tobytes()
 
 
 def file_sha256(path: Path) -> str:

@@ -37,7 +37,7 @@ class Batches:
             start = time.perf_counter()
             sample = next(self.samples)
             self.waited += time.perf_counter() - start
-            self.bad_samples += int(sample.damaged.sum())
+            self.bad_samples += int(torch.as_tensor(sample.damaged).sum())
             first, self.nimg = self.nimg + self.world.rank * len(sample.image), self.nimg + self.config.train.batch_size
             images = sample.image.permute(0, 3, 1, 2)
             if self.beside is None:
@@ -60,7 +60,7 @@ def make_batch(images: Tensor, first: int, config: Config, world: World) -> Batc
     if config.data.patch:
         images = patches(images, config.data.patch, positions.uniform(seed, positions.PATCH, first, count, 2))
     flips = positions.uniform(seed, positions.FLIP, first, count, 1)[:, 0] < config.data.hflip
-    lr, hr = make_pair(images.to(device, non_blocking=True).contiguous(), flips, config.scale, world.dtype)
+    lr, hr = make_pair(images.to(device, non_blocking=True), flips, config.scale, world.dtype)
     noise = torch.stack([torch.from_numpy(positions.uniform(seed, s, first, count, NOISE)) for s in STREAMS])
     noise = noise.to(world.dtype)
     if device.type == "cuda":

@@ -26,6 +26,7 @@ COMMANDS = {
         "time the fused kernels against eager torch and torch.compile",
     ),
     "bench step": ("sega_dist.bench.step", "main", "time a training step beside one in plain PyTorch"),
+    "bench data": ("sega_dist.bench.data", "main", "time a training's input beside other ways to read it"),
     "bench scaling": ("sega_dist.bench.scaling", "main", "what a step sends between processes, and what follows"),
     "describe": ("sega_dist.describe", "main", "parameters, shapes and GFLOP of a preset"),
     "synthetic": ("sega_dist.synthetic", "main", "draw procedural faces to try all this with"),

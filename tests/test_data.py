@@ -4,7 +4,9 @@ import hashlib
 import io
 import math
 import shutil
+import tarfile
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,7 @@ from PIL import Image
 from sega_dist.data import celeba, crops, positions, splits
 from sega_dist.data.images import DamagedSample, RankPositions, ShardReader, TrainingImages, training_loader
 from sega_dist.data.pairs import bicubic, make_pair, patches, to_uint8, to_unit
-from sega_dist.data.shards import Manifest, open_manifest, verify
+from sega_dist.data.shards import INDEX, Manifest, open_manifest, verify
 from sega_dist.data.synthetic import face
 from sega_dist.pictures import to_tensor
 
@@ -121,7 +123,8 @@ def test_a_run_may_stop_anywhere_and_go_on_with_another_world(
 def test_bicubic_is_pillows_to_one_grey_level(scale: int):
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (256, 256, 3), dtype=np.uint8))
-    for image in (portrait(256), noise):
+    edges = Image.fromarray(rng.integers(0, 2, (256, 256, 3), dtype=np.uint8) * 255)
+    for image in (portrait(256), noise, edges):
         side = 256 // scale
         ours = bicubic(to_tensor(image)[None], side, side)[0]
         pillows = to_tensor(image.resize((side, side), Image.Resampling.BICUBIC))
@@ -153,7 +156,7 @@ def test_bicubic_is_the_rule_to_one_grey_level(scale: int, height_width: tuple[i
     """An independent implementation in fp64, rows before columns and 8 bits between, down and up."""
     height, width = height_width
     pixels = np.random.default_rng(1).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    for h, w in ((height // scale, width // scale), (height * 2 // scale, width)):
+    for h, w in ((height // scale, width // scale), (height * 2 // 3, width), (height * scale // 2, width * 2)):
         expected = resized(resized(pixels.transpose(1, 0, 2), w).transpose(1, 0, 2), h)
         ours = bicubic(torch.from_numpy(pixels).permute(2, 0, 1)[None], h, w)[0].permute(1, 2, 0).numpy()
         assert np.abs(ours.astype(int) - expected).max() <= 1
@@ -334,6 +337,14 @@ def test_shards_hold_the_sources_bytes(manifest: Manifest, faces: Path):
     for number in range(len(reader)):
         with Image.open(faces / reader.name(number)) as image:
             assert torch.equal(reader.image(number), to_tensor(image))
+
+
+def test_the_index_is_what_tar_itself_reads(manifest: Manifest):
+    for of_side in manifest.shards:
+        path = manifest.folder / of_side.name
+        with tarfile.open(path) as tar:
+            members = [(m.offset_data, m.size, zlib.crc32(tar.extractfile(m).read())) for m in tar]
+        assert np.fromfile(manifest.folder / of_side.index_name, INDEX).tolist() == members
 
 
 def test_webdataset_reads_our_shards(manifest: Manifest):
