@@ -48,8 +48,6 @@ def make_pair(hr: Tensor, flips: NDArray[np.bool_], scale: int, dtype: torch.dty
     """HR (N,3,H,W) uint8 -> (LR (N,3,H/scale,W/scale), HR) in [-1,1], both flipped where `flips` says so."""
     images = [image.flip(1) if is_flipped else image
               for image, is_flipped in zip(hr.permute(0, 2, 3, 1), flips, strict=True)]  # fmt: skip
-    hr = torch.stack(images).permute(
-        0, 3, 1, 2
-    )  # as the decoder lays them: whole images are copied
+    hr = torch.stack(images).permute(0, 3, 1, 2)  # as the decoder lays them: whole images are copied
     lr = bicubic(hr, hr.shape[2] // scale, hr.shape[3] // scale)
     return to_unit(lr, dtype), to_unit(hr, dtype)

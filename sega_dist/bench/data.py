@@ -1,12 +1,14 @@
 """`sega-dist bench data`: training pairs a second beside other ways to read them, and what each stage takes."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import io
 import json
 import multiprocessing
 import random
+import sys
 import tempfile
 import time
 import zlib
@@ -81,7 +83,7 @@ def bench(command: DataCommand) -> list[Row]:
                  for entries in (1_000, 1_000_000)]  # fmt: skip
     for row in rows:
         results.add({"why": "", "code": facts["code"], "commit": facts["commit"], **row})
-    results.write("data", facts, results.rows, CASE, f"ms an image, {command.workers} workers")
+    results.write("data", facts, results.rows, CASE, f"one image, {command.workers} workers")
     if not command.json:
         show([row for row in results.rows if "median_ms" in row], CASE, "median ms an image")
         for row in results.rows[-2:]:
@@ -268,7 +270,8 @@ def _shards(command: DataCommand, folder: Path) -> Manifest:
             raise UserError(f"{command.data} must hold training images of {SIZE} pixels")
         return manifest
     write_folder(folder / "faces", images=command.images, seed=0, size=SIZE)
-    made = shard(ShardCommand(folder / "faces", folder / "shards", split="train"))
+    with contextlib.redirect_stdout(sys.stderr):
+        made = shard(ShardCommand(folder / "faces", folder / "shards", split="train"))
     assert made is not None
     return made
 
