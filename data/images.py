@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import signal
+import tarfile
 import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from sega_dist.data import positions
-from sega_dist.data.crops import UnusableImage, decode
+from sega_dist.data.crops import UnusableImage, hr_pixels
 from sega_dist.data.shards import INDEX, MEMBERS, Manifest
 
 OPEN_SHARDS = 128  # at most, of two descriptors each: a process may often have 1,024
@@ -29,8 +30,8 @@ class DamagedSample(Exception):
 class Sample(NamedTuple):
     """One HR image at a position of a run; the loader makes micro-batches of them with a leading dimension N."""
 
-    image: Tensor  # (3,S,S) uint8
-    damaged: Tensor  # () how many samples had to be passed over to find it
+    image: Tensor  # (S,S,3) uint8, as decoded: stacking them copies whole images
+    damaged: int  # how many samples had to be passed over to find it; a tensor (N,) in a micro-batch
 
 
 class ShardReader:
@@ -40,7 +41,7 @@ class ShardReader:
         self.manifest = manifest
         self.shards = manifest.side(side)
         self.starts = np.cumsum([0] + [shard.samples for shard in self.shards])
-        self.files: dict[int, tuple[int, NDArray[Any]]] = {}  # shard number -> descriptor and memory-mapped index
+        self.files: dict[int, list[int]] = {}  # shard number -> descriptors of the tar and its index
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -50,42 +51,62 @@ class ShardReader:
 
     def image(self, number: int) -> Tensor:
         """(3,S,S) uint8 of sample `number`; raises DamagedSample."""
+        return torch.from_numpy(self.pixels(number)).permute(2, 0, 1)
+
+    def pixels(self, number: int) -> NDArray[np.uint8]:
+        """(S,S,3), as the decoder lays them; raises DamagedSample."""
         try:
-            pixels = np.array(decode(self._member(number, 0), min_side=1))
+            pixels = hr_pixels(self._member(number, 0))
         except UnusableImage as error:
             raise DamagedSample(str(error)) from None
         if pixels.shape != (self.manifest.size, self.manifest.size, 3):
             raise DamagedSample(f"{pixels.shape} instead of side {self.manifest.size}")
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        return pixels
 
     def name(self, number: int) -> str:
         """The name that sample `number` had in its source."""
         return str(json.loads(self._member(number, 1))["name"])
 
-    def _member(self, number: int, which: int) -> bytes:
+    def key(self, number: int) -> str:
+        """The key of sample `number`, from the header of its image in the tar."""
+        shard, offset, _, _ = self.place(number, 0)
+        header = self._bytes(shard, 0, tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
+        return tarfile.TarInfo.frombuf(header, "utf-8", "strict").name.partition(".")[0]
+
+    def place(self, number: int, which: int) -> tuple[int, int, int, int]:
+        """The shard of a member of sample `number` (0 image, 1 JSON), and the offset, length and crc32 of its bytes."""
         shard = int(np.searchsorted(self.starts, number, side="right")) - 1
-        descriptor, index = self._open(shard)
-        offset, length, crc32 = index[(number - int(self.starts[shard])) * MEMBERS + which].item()
-        try:
-            data = os.pread(descriptor, length, offset)
-        except OSError as error:  # a bad sector, a stale handle
-            raise DamagedSample(f"sample {number} in {self.shards[shard].name}: {error.strerror}") from None
-        if len(data) != length or zlib.crc32(data) != crc32:
+        entry = (number - int(self.starts[shard])) * MEMBERS + which
+        found = np.frombuffer(self._bytes(shard, 1, INDEX.itemsize, entry * INDEX.itemsize), INDEX)[0].item()
+        return (shard, *found)
+
+    def _member(self, number: int, which: int) -> bytes:
+        shard, offset, length, crc32 = self.place(number, which)
+        data = self._bytes(shard, 0, length, offset)
+        if zlib.crc32(data) != crc32:
             raise DamagedSample(f"sample {number} in {self.shards[shard].name}")
         return data
 
-    def _open(self, shard: int) -> tuple[int, NDArray[Any]]:
+    def _bytes(self, shard: int, which: int, length: int, offset: int) -> bytes:
+        """Part of a tar (0) or of its index (1)."""
+        try:
+            data = os.pread(self._open(shard)[which], length, offset)
+        except OSError as error:  # a bad sector, a stale handle
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise  # no fault of the data
+            raise DamagedSample(f"{self.shards[shard].name}: {error.strerror}") from None
+        if len(data) != length:
+            raise DamagedSample(f"{self.shards[shard].name} ends early")
+        return data
+
+    def _open(self, shard: int) -> list[int]:
+        """Descriptors of a tar and its index."""
         if shard not in self.files:
             if len(self.files) == OPEN_SHARDS:
-                os.close(self.files.pop(next(iter(self.files)))[0])
-            folder, entry = self.manifest.folder, self.shards[shard]
-            try:
-                index = np.memmap(folder / entry.index_name, INDEX, mode="r")
-                self.files[shard] = os.open(folder / entry.name, os.O_RDONLY), index
-            except (OSError, ValueError) as error:
-                if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
-                    raise  # no fault of the sample
-                raise DamagedSample(f"{entry.name}: {error}") from None
+                for descriptor in self.files.pop(next(iter(self.files))):
+                    os.close(descriptor)
+            names = self.shards[shard].name, self.shards[shard].index_name
+            self.files[shard] = [os.open(self.manifest.folder / name, os.O_RDONLY) for name in names]
         return self.files[shard]
 
 
@@ -100,12 +121,12 @@ class TrainingImages(Dataset[Sample]):
         first = positions.sample_at(self.seed, position, n)
         for damaged in range(n):
             try:
-                return Sample(self.reader.image((first + damaged) % n), torch.tensor(damaged))
+                pixels = self.reader.pixels((first + damaged) % n)
+                return Sample(torch.from_numpy(pixels), damaged)
             except DamagedSample:
                 continue
-        return Sample(
-            torch.zeros(3, self.reader.manifest.size, self.reader.manifest.size, dtype=torch.uint8), torch.tensor(n)
-        )
+        size = self.reader.manifest.size
+        return Sample(torch.zeros(size, size, 3, dtype=torch.uint8), n)
 
 
 class RankPositions(Sampler[list[int]]):
@@ -121,7 +142,7 @@ class RankPositions(Sampler[list[int]]):
 
 
 def training_loader(dataset: TrainingImages, order: RankPositions, workers: int) -> DataLoader[Sample]:
-    """Micro-batches of `Sample` (image (N,3,S,S), damaged (N,)) decoded by worker processes."""
+    """Micro-batches of `Sample` (image (N,S,S,3), damaged (N,)) decoded by worker processes."""
     return DataLoader(
         dataset,
         batch_sampler=order,

@@ -5,10 +5,12 @@ on ranks, workers or on how often a run was stopped.
 """
 
 import functools
+import math
 
 import numpy as np
 from numpy.typing import NDArray
 
+MASK = 2**64 - 1
 # One independent stream of numbers for each purpose.
 SPLIT, ORDER, FLIP, PATCH, D_REAL, D_FAKE, G_REAL, G_FAKE = range(8)
 
@@ -20,20 +22,43 @@ def raw(seed: int, stream: int, row: int, first: int, count: int) -> NDArray[np.
     return np.asarray(np.random.Philox(key=key, counter=counter).random_raw(count), dtype=np.uint64)
 
 
-def permutation(seed: int, stream: int, row: int, n: int) -> NDArray[np.int64]:
-    """A random order of range(n)."""
-    return np.argsort(raw(seed, stream, row, 0, n), kind="stable")
-
-
-@functools.lru_cache(maxsize=2)  # the passes at either side of a boundary
-def order(seed: int, number: int, n: int) -> NDArray[np.int64]:
-    """The order in which pass `number` visits the n samples."""
-    return permutation(seed, ORDER, number, n)
+def shuffled(seed: int, stream: int, n: int) -> NDArray[np.int64]:
+    """range(n) in a random order."""
+    return np.argsort(raw(seed, stream, 0, 0, n), kind="stable")
 
 
 def sample_at(seed: int, position: int, n: int) -> int:
-    """Which of the n samples is image number `position` of a run: every n images visit each exactly once."""
-    return int(order(seed, position // n, n)[position % n])
+    """Which of the n samples is image number `position` of a run: every n images visit each exactly once.
+
+    Each pass over the samples has its own order, which is computed image by image and never held: a Feistel network on
+    two digits, a x b >= n, whose few values above n are sent through again (Black and Rogaway 2002, method 3).
+    """
+    keys = _keys(seed, position // n)
+    b = -(-n // (a := math.isqrt(n - 1) + 1 if n > 1 else 1))
+    x = position % n
+    while True:
+        high, low = divmod(x, b)
+        for even, odd in keys:
+            high = (high + _mixed(low, even)) % a
+            low = (low + _mixed(high, odd)) % b
+        x = high * b + low
+        if x < n:
+            return x
+
+
+@functools.lru_cache(maxsize=4)  # the passes at either side of a boundary
+def _keys(seed: int, number: int) -> list[tuple[int, int]]:
+    """Of each round of pass `number`."""
+    numbers = raw(seed, ORDER, number, 0, 8).tolist()
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def _mixed(digit: int, key: int) -> int:
+    """64 bits that depend on every bit of both (the finaliser of SplitMix64, Steele and others 2014)."""
+    z = (digit * 0x9E3779B97F4A7C15 + key) & MASK
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+    return z ^ (z >> 31)
 
 
 def uniform(seed: int, stream: int, first: int, count: int, width: int) -> NDArray[np.float64]:

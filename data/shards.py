@@ -1,25 +1,30 @@
-"""Shards: tar files in WebDataset form, a binary index beside each, and one manifest; written, checked, verified."""
+"""Shards: tar files in WebDataset form, a binary index beside each, and one manifest; written, opened, verified."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import socket
 import tarfile
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import webdataset
 
 from sega_dist.config import digest
+from sega_dist.data.crops import Crop
+from sega_dist.data.splits import Split
 from sega_dist.errors import UserError, closest
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 INDEX = np.dtype([("offset", "<u8"), ("length", "<u4"), ("crc32", "<u4")])  # one entry a tar member, in order
+HEADER = {"user": "sega-dist", "group": "sega-dist", "mode": 0o444, "mtime": 0}  # of every member
 MEMBERS = 2  # of a sample: its image and its JSON
 
 
@@ -39,21 +44,45 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """How photographs become a data set: the same source and recipe give the same bytes."""
+
+    split: Split = "sega"
+    crop: Crop = "sega"
+    size: int = 256  # HR side
+    seed: int = 0
+    shard_size: int = 1000
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a data set consists of; its digest names the data set."""
 
     folder: Path
-    size: int  # HR side
-    crop: str
-    split: str
-    seed: int
+    recipe: Recipe
+    source: str  # sha256 of the names of all images
     skipped: int
+    identities: dict[str, int]  # people on each side, and on two, where that is known
     versions: dict[str, str | None]
     sides: dict[str, tuple[Shard, ...]]
 
     @property
     def digest(self) -> str:
         return digest(self._values())
+
+    @property
+    def size(self) -> int:
+        return self.recipe.size
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Those of all sides."""
+        return [shard for side in self.sides.values() for shard in side]
+
+    def __str__(self) -> str:
+        """`3,000 images (train 2,400, test 600) in 4 shards`."""
+        sides = ", ".join(f"{side} {self.images(side):,}" for side in self.sides)
+        return f"{sum(shard.samples for shard in self.shards):,} images ({sides}) in {len(self.shards)} shards"
 
     def images(self, side: str) -> int:
         """How many images stand on one side of the split."""
@@ -67,7 +96,7 @@ class Manifest:
         return self.sides[name]
 
     def save(self) -> None:
-        (self.folder / MANIFEST).write_text(json.dumps(self._values(), indent=1) + "\n")
+        write_whole(self.folder / MANIFEST, (json.dumps(self._values(), indent=1) + "\n").encode())
 
     def _values(self) -> dict[str, Any]:
         values = dataclasses.asdict(self)
@@ -81,61 +110,85 @@ def index_name(shard_name: str) -> str:
 
 def open_manifest(folder: Path) -> Manifest:
     """Read a data set's manifest and check that each of its files is there and whole in size; UserError otherwise."""
+    manifest = read_manifest(folder)
+    for _, problem in verify(manifest, is_quick=True):
+        if problem:
+            raise UserError(f"{problem}; sega-dist repair {folder} SOURCE writes it anew")
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """A data set's manifest, whatever became of its shards; UserError where it is missing or damaged."""
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(
             f"{folder} is not a folder of shards: no {MANIFEST}; make one with: sega-dist shard SOURCE {folder}"
         )
+    return parse_manifest(path.read_bytes(), folder)
+
+
+def parse_manifest(text: bytes, folder: Path) -> Manifest:
+    """The data set that `text` describes; raises UserError."""
+    path = folder / MANIFEST
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(text)
         version = values.pop("format")
         if version != FORMAT:
             raise UserError(f"{path} has format {version}, this version reads {FORMAT}; shard the images again")
         sides = {side: tuple(Shard(**shard) for shard in shards) for side, shards in values.pop("sides").items()}
-        manifest = Manifest(folder=folder, sides=sides, **values)
+        manifest = Manifest(folder=folder, recipe=Recipe(**values.pop("recipe")), sides=sides, **values)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); shard the images again") from None
-    for shard in (shard for side in manifest.sides.values() for shard in side):
-        problem = _quick_problem(folder, shard)
-        if problem:
-            raise UserError(f"{problem}; restore the file, or shard the images again")
+    for shard in manifest.shards:
+        if Path(shard.name).name != shard.name:
+            raise UserError(f"the manifest of {folder} names a shard outside its folder: {shard.name!r}")
     return manifest
 
 
-def verify(manifest: Manifest) -> Iterator[tuple[Shard, str | None]]:
-    """Each shard with what is wrong with it (None: nothing), from the digests of every byte."""
-    for shard in (shard for side in manifest.sides.values() for shard in side):
-        path, problem = manifest.folder / shard.name, None
-        if file_sha256(path) != shard.sha256:
-            problem = f"{path} differs from its digest in the manifest"
-        elif index_bytes(path) != (manifest.folder / shard.index_name).read_bytes():
-            problem = f"{manifest.folder / shard.index_name} does not describe {shard.name}"
+def verify(manifest: Manifest, is_quick: bool = False) -> Iterator[tuple[Shard, str]]:
+    """Each shard with what is wrong with it (empty: nothing): by sizes and its index, or by every byte."""
+    for shard in manifest.shards:
+        problem = _quick_problem(manifest.folder, shard)
+        if not problem and not is_quick and file_sha256(manifest.folder / shard.name) != shard.sha256:
+            problem = f"shard {manifest.folder / shard.name} differs from its digest in the manifest"
         yield shard, problem
 
 
 def write_shard(path: Path, samples: Iterable[tuple[str, bytes, dict[str, Any]]]) -> Shard:
-    """Write (key, JPEG bytes, metadata) samples to a tar and its index: same samples, same bytes."""
-    count = 0
-    with path.open("wb") as file:
-        with webdataset.TarWriter(file, user="sega-dist", group="sega-dist", mode=0o444, mtime=0) as writer:
-            for key, image, metadata in samples:
-                writer.write({"__key__": key, "jpg": image, "json": json.dumps(metadata, sort_keys=True).encode()})
-                count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    index = index_bytes(path)
-    (path.parent / index_name(path.name)).write_bytes(index)
-    return Shard(path.name, count, path.stat().st_size, file_sha256(path), hashlib.sha256(index).hexdigest())
-
-
-def index_bytes(path: Path) -> bytes:
-    """Offset, length and crc32 of every member of a tar."""
+    """Write (key, JPEG bytes, metadata) samples to a tar and its index, same samples, same bytes."""
     entries = []
-    with tarfile.open(path) as tar, path.open("rb") as file:
-        for member in tar:
-            file.seek(member.offset_data)
-            entries.append((member.offset_data, member.size, zlib.crc32(file.read(member.size))))
-    return np.array(entries, dtype=INDEX).tobytes()
+    with _made_whole(path) as file, webdataset.TarWriter(file, **HEADER, encoder=False) as writer:
+        writer.tarstream.format = tarfile.USTAR_FORMAT  # one header a member
+        for key, image, metadata in samples:
+            text, header = json.dumps(metadata, sort_keys=True).encode(), writer.tarstream.offset
+            writer.write({"__key__": key, "jpg": image, "json": text})
+            for data in (image, text):
+                entries.append((header + tarfile.BLOCKSIZE, len(data), zlib.crc32(data)))
+                header += tarfile.BLOCKSIZE * (1 - (-len(data) // tarfile.BLOCKSIZE))
+    index = np.array(entries, INDEX).tobytes()
+    write_whole(path.parent / index_name(path.name), index)
+    samples_written = len(entries) // MEMBERS
+    return Shard(path.name, samples_written, path.stat().st_size, file_sha256(path), hashlib.sha256(index).hexdigest())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that is whole whenever it is seen, whoever else writes the same."""
+    with _made_whole(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def _made_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file beside `path` to write to, which takes its place at the end."""
+    partial = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def file_sha256(path: Path) -> str:
@@ -143,11 +196,9 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _quick_problem(folder: Path, shard: Shard) -> str | None:
-    """What a start can afford to check: names, sizes, and the digest of the small index."""
+def _quick_problem(folder: Path, shard: Shard) -> str:
+    """What a start can afford to check: sizes, and the digest of the small index."""
     path, index = folder / shard.name, folder / shard.index_name
-    if Path(shard.name).name != shard.name:
-        return f"the manifest of {folder} names a shard outside its folder: {shard.name!r}"
     for file in (path, index):
         if not file.is_file():
             return f"shard file {file} is missing"
@@ -156,4 +207,4 @@ def _quick_problem(folder: Path, shard: Shard) -> str | None:
     data = index.read_bytes()
     if hashlib.sha256(data).hexdigest() != shard.index_sha256 or len(data) != INDEX.itemsize * MEMBERS * shard.samples:
         return f"index {index} is damaged"
-    return None
+    return ""

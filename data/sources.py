@@ -1,90 +1,116 @@
-"""Where photographs come from: a folder or a zip, with CelebA's official lists where they stand beside it."""
+"""Where photographs come from: a folder, a zip, or a parquet file as the Hugging Face hub keeps them."""
 
+import functools
+import hashlib
+import os
 import re
 import stat
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sega_dist.errors import UserError
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 MAX_BYTES = 64 << 20  # of one image file; photographs are far smaller, and memory is not endless
-PARTITION = "list_eval_partition.txt"
+MAX_KEY = 80  # characters; a tar's header has 100 for a name
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder or a zip, and the sorted names of its images."""
+    """A folder or a file, and the sorted names of its images."""
 
     path: Path
     names: tuple[str, ...]
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 of the names: the same images in another place are the same source."""
+        total = hashlib.sha256()
+        for name in self.names:
+            total.update(name.encode(errors="surrogateescape") + b"\n")
+        return total.hexdigest()
+
 
 def open_source(path: Path) -> Source:
-    """The images of a folder (with its sub-folders) or of a zip; raises UserError where there are none."""
+    """The images of a folder (with its sub-folders), a zip or a parquet file; UserError where there are none."""
     if not path.exists():
-        raise UserError(f"source {path} does not exist; give a folder or a zip of images")
-    if path.is_dir():
-        names = [str(p.relative_to(path)) for p in path.rglob("*") if _is_image_name(p.name) and p.is_file()]
-    else:
-        names = _zip_names(path)
+        raise UserError(f"source {path} does not exist; give a folder, a zip or a parquet file of images")
+    names = sorted(_folder_names(path) if path.is_dir() else _parquet_names(path) if _is_parquet(path) else
+                   _zip_names(path))  # fmt: skip
     if not names:
         raise UserError(f"source {path} holds no images ({', '.join(sorted(SUFFIXES))})")
-    return Source(path.resolve(), tuple(sorted(names)))
+    return Source(path.resolve(), tuple(names))
 
 
 def read_images(path: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes | None]]:
-    """Each name with its bytes from the folder or zip `path`, or None where it cannot be read."""
+    """Each name with its bytes from the folder or file `path`, or None where it cannot be read."""
     if path.is_dir():
         for name in names:
             yield name, _file_bytes(path / name)
-        return
-    with zipfile.ZipFile(path) as archive:
+    elif _is_parquet(path):
+        cells = Parquet(path)
         for name in names:
-            yield name, _member_bytes(archive, name)
+            yield name, cells.image(name)
+    else:
+        with zipfile.ZipFile(path) as archive:
+            for name in names:
+                yield name, _member_bytes(archive, name)
 
 
-def sample_keys(names: tuple[str, ...]) -> dict[str, str]:
-    """A webdataset key for each name: the file's stem where stems are unique, else its path; no dots, no slashes."""
-    stems = [_clean(Path(name).stem) for name in names]
-    paths = [_clean(str(Path(name).with_suffix(""))) for name in names]
-    candidates = stems if len(set(stems)) == len(stems) else paths
+def key_function(names: tuple[str, ...]) -> Callable[[str], str]:
+    """A webdataset key for a name: the file's stem where stems are unique, else its path; no dots, no slashes."""
+
+    def from_stem(name: str) -> str:
+        return _clean(name.rsplit("/", 1)[-1].rsplit(".", 1)[0])
+
+    def from_path(name: str) -> str:
+        return _clean(name.rsplit(".", 1)[0] if "." in name.rsplit("/", 1)[-1] else name)
+
+    candidate = from_stem if len(set(map(from_stem, names))) == len(names) else from_path
+    counts = Counter(map(candidate, names))
+    if len(counts) == len(names):
+        return candidate
     seen: Counter[str] = Counter()
-    keys = {}
-    for name, key in zip(names, candidates, strict=True):
-        seen[key] += 1
-        keys[name] = key if seen[key] == 1 else f"{key}--{seen[key]}"
-    if len(set(keys.values())) != len(keys):
-        raise UserError("two images of the source have the same name; rename one of them")
-    return keys
-
-
-def read_partition(source: Path, lists: Path | None) -> dict[str, int]:
-    """CelebA's official split, file name -> 0 train, 1 val, 2 test, from `lists` or from beside the images."""
-    folders = [lists] if lists else [source, source.parent]
-    found = next((folder / PARTITION for folder in folders if (folder / PARTITION).is_file()), None)
-    if found is None:
-        raise UserError(
-            f"split official needs {PARTITION}, not found in {', '.join(map(str, folders))}; give --lists DIR"
-        )
-    partition = {}
-    for number, line in enumerate(found.read_text(errors="replace").splitlines(), 1):
-        match = re.fullmatch(r"\s*(\S+)\s+([012])\s*", line)
-        if match is None or match[1] in partition:
-            raise UserError(f"{found}, line {number}: expected 'name 0|1|2', each name once, got {line[:60]!r}")
-        partition[match[1]] = int(match[2])
-    return partition
+    numbered: dict[str, str] = {}
+    for name in names:
+        key = candidate(name)
+        if counts[key] > 1:
+            seen[key] += 1
+            numbered[name] = f"{key}--{seen[key]}"
+            if counts[numbered[name]]:
+                raise UserError(f"two images of the source become {numbered[name]!r}; rename {name!r}")
+    return lambda name: numbered.get(name) or candidate(name)
 
 
 def _is_image_name(name: str) -> bool:
-    return Path(name).suffix.lower() in SUFFIXES and not Path(name).name.startswith("._")
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not os.path.basename(name).startswith("._")
+
+
+def _is_parquet(path: Path) -> bool:
+    return path.suffix.lower() == ".parquet"
 
 
 def _clean(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]", "_", text)
+    key = re.sub(r"[^A-Za-z0-9_-]", "_", text)
+    return key if len(key) <= MAX_KEY else f"{key[: MAX_KEY - 17]}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+
+
+def _folder_names(path: Path) -> Iterator[str]:
+    for folder, _, files in os.walk(path):
+        inside = os.path.relpath(folder, path)
+        yield from (os.path.normpath(os.path.join(inside, file)) for file in files if _is_image_name(file))
+
+
+def _file_bytes(path: Path) -> bytes | None:
+    try:
+        found = path.stat()
+        return path.read_bytes() if stat.S_ISREG(found.st_mode) and found.st_size <= MAX_BYTES else None
+    except OSError:
+        return None
 
 
 def _zip_names(path: Path) -> list[str]:
@@ -94,10 +120,7 @@ def _zip_names(path: Path) -> list[str]:
     except OSError as error:
         raise UserError(f"cannot read source {path}: {error.strerror}") from None
     except zipfile.BadZipFile:
-        with path.open("rb") as file:
-            is_page = file.read(512).lstrip().lower().startswith((b"<!doctype", b"<html"))
-        reason = "is a web page, so the download failed; fetch it again" if is_page else "is not a zip, or is cut short"
-        raise UserError(f"source {path} {reason}") from None
+        raise UserError(f"source {path} {_why_no_archive(path)}") from None
     names = [m.filename for m in members if _is_image_name(m.filename) and not stat.S_ISLNK(m.external_attr >> 16)]
     repeated = [name for name, count in Counter(names).items() if count > 1]
     if repeated:
@@ -105,15 +128,72 @@ def _zip_names(path: Path) -> list[str]:
     return names
 
 
-def _file_bytes(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes() if path.stat().st_size <= MAX_BYTES else None
-    except OSError:
-        return None
+def _why_no_archive(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(512).lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html")):
+        return "is a web page, so the download failed; fetch it again"
+    if start.startswith(b"7z\xbc\xaf\x27\x1c"):
+        return "is a 7z archive; unpack it and give the folder"
+    return "is neither a zip nor a parquet file, or is cut short"
 
 
 def _member_bytes(archive: zipfile.ZipFile, name: str) -> bytes | None:
     try:
         return archive.read(name) if archive.getinfo(name).file_size <= MAX_BYTES else None
-    except (OSError, RuntimeError, zipfile.BadZipFile, NotImplementedError, EOFError, ValueError):
+    except (OSError, RuntimeError, zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, KeyError):
         return None  # damaged, encrypted, or in a compression unknown here
+
+
+def _parquet_names(path: Path) -> list[str]:
+    return list(Parquet(path).rows)
+
+
+class Parquet:
+    """The image column of a parquet file: bytes, or a struct of bytes and path; one row group in memory at a time."""
+
+    def __init__(self, path: Path):
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError:
+            raise UserError(f"to read {path} install pyarrow: pip install 'sega-dist[hub]'") from None
+        self.path, self.group, self.cells = path, -1, None
+        try:
+            self.file = parquet.ParquetFile(path)
+        except (OSError, ValueError, pyarrow.ArrowException) as error:
+            raise UserError(f"source {path} {_why_no_archive(path)} ({type(error).__name__})") from None
+        self.column = self._image_column(pyarrow)
+        counts = [self.file.metadata.row_group(g).num_rows for g in range(self.file.num_row_groups)]
+        self.places = [(group, row) for group, count in enumerate(counts) for row in range(count)]
+        self.rows = {name: number for number, name in enumerate(self._names())}
+
+    def image(self, name: str) -> bytes | None:
+        """The bytes of an image; None where there are none, or far too many."""
+        group, row = self.places[self.rows[name]]
+        if group != self.group:
+            self.group, self.cells = group, self.file.read_row_group(group, columns=[self.column]).column(0)
+        assert self.cells is not None
+        cell = self.cells[row].as_py()
+        data = cell.get("bytes") if isinstance(cell, dict) else cell
+        return data if data is not None and len(data) <= MAX_BYTES else None
+
+    def _image_column(self, pyarrow: Any) -> str:
+        def is_bytes(kind: Any) -> bool:
+            return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
+
+        for field in self.file.schema_arrow:
+            has_bytes = pyarrow.types.is_struct(field.type) and field.type.get_field_index("bytes") >= 0
+            if is_bytes(field.type) or (has_bytes and is_bytes(field.type.field("bytes").type)):
+                return str(field.name)
+        found = ", ".join(self.file.schema_arrow.names)
+        raise UserError(f"source {self.path} has no column of images, only {found}")
+
+    def _names(self) -> list[str]:
+        """The paths that stand beside the images where each has its own, else the number of the row."""
+        kind = self.file.schema_arrow.field(self.column).type
+        if kind.num_fields and kind.get_field_index("path") >= 0:
+            paths = self.file.read(columns=[f"{self.column}.path"]).column(0).combine_chunks().field("path").to_pylist()
+            if all(paths) and len(set(paths)) == len(paths):
+                return paths
+        return [f"{number:09d}" for number in range(len(self.places))]

@@ -37,16 +37,17 @@ class Batches:
             start = time.perf_counter()
             sample = next(self.samples)
             self.waited += time.perf_counter() - start
-            self.bad_samples += int(sample.damaged.sum())
+            self.bad_samples += int(torch.as_tensor(sample.damaged).sum())
             first, self.nimg = self.nimg + self.world.rank * len(sample.image), self.nimg + self.config.train.batch_size
+            images = sample.image.permute(0, 3, 1, 2)
             if self.beside is None:
-                return make_batch(sample.image, first, self.config, self.world)
+                return make_batch(images, first, self.config, self.world)
             if self.taken is not None:
                 self.taken.synchronize()  # one batch ahead is enough: more would only fill memory
             now = torch.cuda.current_stream()
             self.taken = now.record_event()
             with torch.cuda.stream(self.beside):
-                batch = make_batch(sample.image, first, self.config, self.world)
+                batch = make_batch(images, first, self.config, self.world)
             now.wait_stream(self.beside)
             for tensor in batch.tensors():
                 tensor.record_stream(now)

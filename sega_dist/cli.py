@@ -9,7 +9,10 @@ from sega_dist.errors import UserError, closest, run
 # Each job: its module, its function, and what it does. Modules load only when asked for.
 COMMANDS = {
     "shard": ("sega_dist.shard", "main", "photographs to shards"),
-    "verify": ("sega_dist.shard", "verify_main", "check every byte of shards"),
+    "verify": ("sega_dist.verify", "verify_main", "check every byte of shards"),
+    "repair": ("sega_dist.verify", "repair_main", "write damaged shards anew from their source"),
+    "inspect": ("sega_dist.verify", "inspect_main", "find one sample in shards"),
+    "stats": ("sega_dist.verify", "stats_main", "what shards hold, and some of its faces"),
     "train": (
         "sega_dist.train",
         "main",
@@ -23,6 +26,7 @@ COMMANDS = {
         "time the fused kernels against eager torch and torch.compile",
     ),
     "bench step": ("sega_dist.bench.step", "main", "time a training step beside one in plain PyTorch"),
+    "bench data": ("sega_dist.bench.data", "main", "time a training's input beside other ways to read it"),
     "bench scaling": ("sega_dist.bench.scaling", "main", "what a step sends between processes, and what follows"),
     "describe": ("sega_dist.describe", "main", "parameters, shapes and GFLOP of a preset"),
     "synthetic": ("sega_dist.synthetic", "main", "draw procedural faces to try all this with"),

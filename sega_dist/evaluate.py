@@ -22,7 +22,7 @@ from sega_dist.arguments import Device, SnapshotPath, parse
 from sega_dist.checkpoint import SNAPSHOTS, Snapshot, load_snapshot
 from sega_dist.data.images import DamagedSample, ShardReader
 from sega_dist.data.pairs import bicubic, to_uint8, to_unit
-from sega_dist.data.shards import open_manifest
+from sega_dist.data.remote import open_shards
 from sega_dist.distributed import WAIT, World
 from sega_dist.errors import UserError, run
 from sega_dist.metrics import NAMES, PROTOCOL, scores
@@ -38,7 +38,7 @@ class EvaluateCommand:
     """Score a snapshot's super-resolved images on every image of a split."""
 
     snapshot: SnapshotPath  # a .safetensors file, or a run's folder (its newest snapshot)
-    data: Path  # folder of shards
+    data: str  # folder of shards, or the https address of one
     split: str = "test"  # side of the data set: train, val, test or preview
     out: Path | None = None  # folder for the results; default RUN/eval
     batch: int = 8  # images at a time
@@ -80,11 +80,11 @@ def evaluate(command: EvaluateCommand, world: World) -> dict[str, Any]:
     if command.batch < 1:
         raise UserError("--batch must be 1 or more")
     snapshot = load_snapshot(command.snapshot, world.device)
-    manifest, scale = open_manifest(command.data), snapshot.config.scale
+    manifest, scale = open_shards(command.data), snapshot.config.scale
     reader = ShardReader(manifest, command.split)
     protocol = PROTOCOL | {
-        "scale": scale, "split": command.split, "data": manifest.digest, "data_split": manifest.split,
-        "crop_of_source": manifest.crop, "nimg": snapshot.nimg, "device": snapshot.device.type,
+        "scale": scale, "split": command.split, "data": manifest.digest, "data_split": manifest.recipe.split,
+        "crop_of_source": manifest.recipe.crop, "nimg": snapshot.nimg, "device": snapshot.device.type,
         "lr": "bicubic, antialiased, a = -0.5, rounded to 8 bits",
     }  # fmt: skip
     world.agree(protocol | {"--batch": command.batch, "--save": command.save})

@@ -1,215 +1,237 @@
-"""Photographs to shards: `sega-dist shard SOURCE OUT`, and `sega-dist verify SHARDS`."""
+"""Photographs to shards: `sega-dist shard SOURCE OUT`, in one process, many, or on many machines."""
 
+import collections
 import contextlib
 import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from sega_dist.arguments import OutPath, ShardsPath, SourcePath, parse
-from sega_dist.data import splits
-from sega_dist.data.crops import Crop, UnusableImage, hr_bytes, versions
-from sega_dist.data.shards import Manifest, Shard, open_manifest, verify, write_shard
-from sega_dist.data.sources import Source, open_source, read_images, read_partition, sample_keys
-from sega_dist.errors import UserError, run
+from sega_dist.arguments import OutPath, SourcePath, parse
+from sega_dist.data import celeba, splits
+from sega_dist.data.crops import Crop, versions
+from sega_dist.data.packing import Plan, Plans, Written, pack, sample_bytes
+from sega_dist.data.shards import MANIFEST, Manifest, Recipe, Shard, read_manifest, write_whole
+from sega_dist.data.sources import open_source
+from sega_dist.errors import UserError, run, say
+from sega_dist.launched import launched_ranks
 from sega_dist.progress import progress
 
 ALWAYS_TOLERATED = 10  # unusable images, however few images there are
+TAR_BYTES = 2048  # of a sample beside its image: two headers, two paddings, the metadata
+ROOM = 1.1  # times what a few images let expect
+BEGUN = "begun.json"  # in OUT.partial: which source and recipe it is for
+RECORD = ".written.json"  # beside each shard in OUT.partial, written last
 
 
 @dataclass(frozen=True)
 class ShardCommand:
-    """Cut photographs to square HR images and pack them into shards."""
+    """Cut photographs to square HR images and pack them into shards; after a stop the same command goes on."""
 
-    source: SourcePath  # a folder of images (with sub-folders), or a zip such as img_align_celeba.zip
+    source: SourcePath  # a folder of images, a zip such as img_align_celeba.zip, or a parquet file
     out: OutPath  # the folder to make; it must not exist, or be empty
-    split: splits.Split = "sega"  # sega: random, as the paper's; official: CelebA's; train, test: all of them
-    crop: Crop = "sega"  # sega: resize to 1.15 x size, centre; plain: resize; square: centre square
+    split: splits.Split = "sega"  # sega: random, as the paper's; official, identity: CelebA's; train, test: all of them
+    crop: Crop = "sega"  # sega: 1.15 x size, centre; plain: resize; square: centre square; wild: CelebA's face box
     size: int = 256  # HR side in pixels
-    seed: int = 0  # of split sega
-    lists: Path | None = None  # folder of CelebA's list_eval_partition.txt, if not beside the images
+    seed: int = 0  # of splits sega and identity
+    lists: Path | None = None  # folder of CelebA's lists, if not beside the images
     shard_size: int = 1000  # samples a shard
     max_skip: float = 0.001  # share of images that may be unusable (ten may unless this is 0)
-    jobs: int = os.cpu_count() or 1  # processes; the output does not depend on it
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One shard to write: where from, what, and how."""
-
-    source: Path
-    side: str
-    path: Path
-    samples: tuple[tuple[str, str], ...]  # name in the source, key in the shard
-    crop: Crop
-    size: int
-
-
-@dataclass(frozen=True)
-class Written:
-    """One shard, and the images that could not go into it."""
-
-    shard: Shard
-    skipped: list[dict[str, str]]
+    jobs: int = 0  # processes; 0 = one a core. The output does not depend on it
+    part: str = ""  # K/N: write every N-th shard from the K-th; the last part to end makes OUT. Default: rank/ranks
+    dry_run: bool = False  # say what would be written, and how much room it takes
 
 
 def main(argv: list[str] | None = None) -> None:
     command = parse(ShardCommand, argv or [], "sega-dist shard")
-    manifest = shard(command)
-    print(f"{summary(manifest)}, {manifest.skipped} skipped -> {command.out}")
-
-
-def verify_main(argv: list[str] | None = None) -> None:
-    """Check every byte of a folder of shards."""
-
-    @dataclass(frozen=True)
-    class VerifyCommand:
-        """Check every byte of a folder of shards against its manifest."""
-
-        shards: ShardsPath  # a folder made by sega-dist shard
-
-    folder = parse(VerifyCommand, argv or [], "sega-dist verify").shards
-    manifest = open_manifest(folder)
-    problems = [problem for _, problem in verify(manifest) if problem]
-    if problems:
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        raise UserError(f"{problems[0]}{more}; restore the file, or shard the images again")
-    print(f"{summary(manifest)}: every byte as written; data set {manifest.digest[:12]}")
-
-
-def shard(command: ShardCommand) -> Manifest:
-    """Write the data set to a temporary folder beside OUT and put it in place when it is whole."""
-    _check(command)
-    source = open_source(command.source)
-    sides = _split(command, source)
-    command.out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{command.out.name}.", dir=command.out.parent))
     try:
-        partial.chmod(0o755)
-        manifest = _write(command, source, sides, partial)
-        partial.rename(command.out)  # replaces an empty folder, refuses any other
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        shard(command)
+    except KeyboardInterrupt:
+        say("stopped", f"finished shards lie in {_partial(command)}; the same command goes on")
         raise
-    return dataclasses.replace(manifest, folder=command.out)
 
 
-def summary(manifest: Manifest) -> str:
-    """`3,000 images (train 2,400, test 600) in 4 shards`."""
-    sides = ", ".join(f"{side} {manifest.images(side):,}" for side in manifest.sides)
-    total = sum(manifest.images(side) for side in manifest.sides)
-    return f"{total:,} images ({sides}) in {sum(map(len, manifest.sides.values()))} shards"
+def shard(command: ShardCommand) -> Manifest | None:
+    """The data set, put in place when it is whole; None while other parts are missing, or in a dry run.
 
-
-def _check(command: ShardCommand) -> None:
+    Every part writes into OUT.partial, each file whole or not at all, so that parts need not know of each other.
+    """
+    part, parts = _check(command)
+    source = open_source(command.source)
+    recipe = Recipe(command.split, command.crop, command.size, command.seed, command.shard_size)
+    if (command.out / MANIFEST).is_file():
+        whole = read_manifest(command.out)
+        if (whole.recipe, whole.source) == (recipe, source.digest):
+            print(f"{command.out} is whole already: {whole}")
+            return whole
     if command.out.exists() and (not command.out.is_dir() or any(command.out.iterdir())):
         raise UserError(f"{command.out} exists and is not an empty folder; remove it or name another")
+    plans, partial = Plans(source, recipe, command.lists), _partial(command)
+    for line in _described(command, plans, part, parts):
+        print(line)
+    if command.dry_run:
+        return None
+    _begin(partial, plans)
+    try:
+        _write(command, plans, partial, range(part, len(plans), parts))
+        manifest = _finish(command, plans, partial)
+    except UserError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    except FileNotFoundError:
+        if not (command.out / MANIFEST).is_file():
+            raise UserError(f"{partial} is gone: another part failed, or somebody removed it") from None
+        manifest = read_manifest(command.out)  # another part ended last
+    if manifest is None:
+        print(f"part {part}/{parts} is done; the last part to end makes {command.out}")
+    else:
+        print(f"{manifest}, {manifest.skipped} skipped -> {command.out}")
+    return manifest
+
+
+def _partial(command: ShardCommand) -> Path:
+    return command.out.with_name(f"{command.out.name}.partial")
+
+
+def _check(command: ShardCommand) -> tuple[int, int]:
+    """Which part of how many this process is."""
     if command.size < 32 or command.size % 32:
         raise UserError(f"--size is {command.size}; it must be a multiple of 32")
     if command.seed < 0 or not 0 <= command.max_skip <= 1:
         raise UserError("--seed must be 0 or more, and --max-skip a share between 0 and 1")
-    for name in ("shard_size", "jobs"):
-        if getattr(command, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be 1 or more")
+    if command.shard_size < 1 or command.jobs < 0:
+        raise UserError("--shard-size must be 1 or more, and --jobs 0 or more")
+    ranks = launched_ranks()
+    match = re.fullmatch(r"(\d+)/(\d+)", command.part or f"{os.environ['RANK'] if ranks > 1 else 0}/{ranks}")
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UserError(f"--part is {command.part!r}; write K/N with K from 0 to N-1, as 3/16")
+    return int(match[1]), int(match[2])
 
 
-def _split(command: ShardCommand, source: Source) -> dict[str, list[str]]:
-    if command.split == "sega":
-        return splits.sega(source.names, command.seed)
-    if command.split == "official":
-        return splits.official(source.names, read_partition(source.path, command.lists))
-    return {command.split: list(source.names)}
+def _described(command: ShardCommand, plans: Plans, part: int, parts: int) -> Iterator[str]:
+    """What will be written, line by line; UserError where there is no room for it."""
+    doubt = celeba.doubt(plans.source)
+    if doubt:
+        say("warning", f"{doubt}; fetch it again unless you repacked it")
+    sides = ", ".join(f"{side} {len(names):,}" for side, names in plans.sides.items())
+    yield f"source  {plans.source.path}: {len(plans.source.names):,} images"
+    yield f"split   {command.split}: {sides}"
+    if plans.identities:
+        yield "people  " + ", ".join(f"{where} {count:,}" for where, count in plans.identities.items())
+    of_part = f", of which part {part}/{parts} writes {len(range(part, len(plans), parts))}" if parts > 1 else ""
+    yield f"shards  {len(plans)} of up to {command.shard_size:,} images: {command.size} pixels, {command.crop}{of_part}"
+    parent = next(folder for folder in command.out.absolute().parents if folder.exists())
+    written = sum(file.stat().st_size for file in _partial(command).glob("*.tar"))
+    needed = int((sample_bytes(plans) + TAR_BYTES) * len(plans.source.names) * ROOM) - written
+    free = shutil.disk_usage(parent).free
+    yield f"disk    about {max(needed, 0) / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free in {parent}"
+    if needed > free:
+        raise UserError(f"{parent} has {free / 1e9:.2f} GB free, about {needed / 1e9:.2f} GB are needed")
 
 
-def _write(command: ShardCommand, source: Source, sides: dict[str, list[str]], folder: Path) -> Manifest:
-    plans = _plans(command, source, sides, folder)
-    written = _write_all(command, plans)
-    skipped = [skip for result in written for skip in result.skipped]
-    for result in written:
-        if not result.shard.samples:
-            (folder / result.shard.name).unlink()
-            (folder / result.shard.index_name).unlink()
-    whole = {side: tuple(result.shard for plan, result in zip(plans, written, strict=True)
-                         if plan.side == side and result.shard.samples) for side in splits.SIDES}  # fmt: skip
-    if not any(whole.values()):
-        first = skipped[0]
-        raise UserError(f"none of the images of {command.source} can be used; {first['name']}: {first['reason']}")
-    if skipped:
-        (folder / "skipped.jsonl").write_text("".join(json.dumps(skip) + "\n" for skip in skipped))
-    shards = {side: parts for side, parts in whole.items() if parts}
-    settings = (command.size, command.crop, command.split, command.seed)
-    manifest = Manifest(folder, *settings, len(skipped), versions(), shards)
-    manifest.save()
-    return manifest
+def _begin(partial: Path, plans: Plans) -> None:
+    """Make the folder for what is unfinished; UserError where one stands that was begun otherwise."""
+    ours = {"source": plans.source.digest, **dataclasses.asdict(plans.recipe), **versions()}
+    partial.mkdir(parents=True, exist_ok=True)
+    begun = partial / BEGUN
+    theirs = json.loads(begun.read_text()) if begun.is_file() else ours
+    changed = [key for key, value in ours.items() if theirs.get(key) != value]
+    if changed:
+        raise UserError(f"{partial} was begun with another {', '.join(changed)}; finish that, or remove it")
+    write_whole(begun, json.dumps(ours).encode())
 
 
-def _plans(command: ShardCommand, source: Source, sides: dict[str, list[str]], folder: Path) -> list[Plan]:
-    keys = sample_keys(source.names)
-    plans = []
-    for side, names in sides.items():
-        for number, start in enumerate(range(0, len(names), command.shard_size)):
-            samples = tuple((name, keys[name]) for name in names[start : start + command.shard_size])
-            path = folder / f"{side}-{number:05d}.tar"
-            plans.append(Plan(source.path, side, path, samples, command.crop, command.size))
-    return plans
-
-
-def _write_all(command: ShardCommand, plans: list[Plan]) -> list[Written]:
-    """Every shard in order, with progress; UserError as soon as too many images turned out unusable."""
-    images = sum(len(plan.samples) for plan in plans)
-    limit = max(ALWAYS_TOLERATED, int(command.max_skip * images)) if command.max_skip > 0 else 0
-    written: list[Written] = []
-    skipped: list[dict[str, str]] = []
-    with _mapper(command.jobs) as write_each, progress("sharding", images) as advance:
-        for plan, result in zip(plans, write_each(plans), strict=True):
-            written.append(result)
-            skipped += result.skipped
-            if len(skipped) > limit:
-                raise UserError(
-                    f"{len(skipped)} images cannot be used, more than the {limit} allowed by --max-skip"
-                    f" {command.max_skip}; the first is {skipped[0]['name']}: {skipped[0]['reason']}"
-                )
+def _write(command: ShardCommand, plans: Plans, partial: Path, mine: range) -> None:
+    """This part's shards that are not yet there; UserError as soon as too many images turned out unusable."""
+    missing = [index for index in mine if not _record(partial, plans.name(index)).is_file()]
+    skipped = [skip for written in _written(partial) for skip in written.skipped]
+    jobs = command.jobs or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    with progress("sharding", sum(map(plans.count, mine))) as advance, _packer(min(jobs, len(missing))) as packed:
+        advance(sum(map(plans.count, mine)) - sum(map(plans.count, missing)))
+        for plan, written in packed((plans[index] for index in missing), partial):
+            skipped += written.skipped
+            _limit(command, plans, skipped)
+            write_whole(_record(partial, plan.name), json.dumps(dataclasses.asdict(written)).encode())
             advance(len(plan.samples))
-    return written
 
 
 @contextlib.contextmanager
-def _mapper(jobs: int) -> Iterator[Callable[[list[Plan]], Iterable[Written]]]:
-    """How to write many shards: one after another, or in processes; either way in order."""
-    if jobs == 1:
-        yield lambda plans: map(write_planned, plans)
+def _packer(jobs: int) -> Iterator[Callable[[Iterable[Plan], Path], Iterator[tuple[Plan, Written]]]]:
+    """How to write many shards: one after another, or in processes with a few waiting; either way in order."""
+    if jobs <= 1:
+        yield lambda plans, folder: ((plan, pack(plan, folder)) for plan in plans)
         return
     spawn = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(jobs, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is the parent's
+
+    def packed(plans: Iterable[Plan], folder: Path) -> Iterator[tuple[Plan, Written]]:
+        waiting: collections.deque[tuple[Plan, Future[Written]]] = collections.deque()
+        for plan in plans:
+            waiting.append((plan, pool.submit(pack, plan, folder)))
+            if len(waiting) > 2 * jobs:
+                first, result = waiting.popleft()
+                yield first, result.result()
+        for plan, result in waiting:
+            yield plan, result.result()
+
     try:
-        yield lambda plans: pool.map(write_planned, plans)
+        yield packed
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def write_planned(plan: Plan) -> Written:
-    """Write one shard; runs in a process of its own."""
-    skipped: list[dict[str, str]] = []
-    keys = dict(plan.samples)
+def _finish(command: ShardCommand, plans: Plans, partial: Path) -> Manifest | None:
+    """Put the data set in place, whichever part ends last: should two do so at once, they write the same."""
+    written = {result.shard.name: result for result in _written(partial)}
+    if len(written) < len(plans):
+        return None
+    skipped = [skip for result in written.values() for skip in result.skipped]
+    _limit(command, plans, skipped)
+    sides = {side: tuple(found.shard for index, (of, _) in enumerate(plans.places)
+                         if of == side and (found := written[plans.name(index)]).shard.samples)
+             for side in splits.SIDES}  # fmt: skip
+    if not any(sides.values()):
+        raise UserError(
+            f"none of the images of {command.source} can be used; {skipped[0]['name']}: {skipped[0]['reason']}"
+        )
+    whole = {side: shards for side, shards in sides.items() if shards}
+    manifest = Manifest(partial, plans.recipe, plans.source.digest, len(skipped), plans.identities, versions(), whole)
+    if skipped:
+        write_whole(partial / "skipped.jsonl", "".join(json.dumps(skip) + "\n" for skip in skipped).encode())
+    manifest.save()
+    partial.rename(command.out)  # replaces an empty folder, refuses any other
+    manifest = dataclasses.replace(manifest, folder=command.out)
+    kept = {MANIFEST, "skipped.jsonl", *(name for shard in manifest.shards for name in (shard.name, shard.index_name))}
+    for file in command.out.iterdir():  # records, empty shards, what a killed process left
+        if file.name not in kept:
+            file.unlink(missing_ok=True)
+    return manifest
 
-    def samples() -> Iterator[tuple[str, bytes, dict[str, Any]]]:
-        for name, data in read_images(plan.source, keys):
-            try:
-                if data is None:
-                    raise UnusableImage("cannot be read from its source")
-                yield keys[name], hr_bytes(data, plan.crop, plan.size), {"name": name}
-            except UnusableImage as error:
-                skipped.append({"name": name, "split": plan.side, "reason": str(error)})
 
-    return Written(write_shard(plan.path, samples()), skipped)
+def _limit(command: ShardCommand, plans: Plans, skipped: list[dict[str, str]]) -> None:
+    limit = max(ALWAYS_TOLERATED, int(command.max_skip * len(plans.source.names))) if command.max_skip > 0 else 0
+    if len(skipped) > limit:
+        raise UserError(
+            f"{len(skipped)} images cannot be used, more than the {limit} allowed by --max-skip {command.max_skip};"
+            f" the first is {skipped[0]['name']}: {skipped[0]['reason']}"
+        )
+
+
+def _record(partial: Path, name: str) -> Path:
+    return partial / (name + RECORD)
+
+
+def _written(partial: Path) -> list[Written]:
+    """What is finished, by any part."""
+    records = [json.loads(path.read_text()) for path in sorted(partial.glob(f"*{RECORD}"))]
+    return [Written(Shard(**record["shard"]), record["skipped"]) for record in records]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from sega_dist import config as configuration
 from sega_dist.arguments import Device, parse
 from sega_dist.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint
 from sega_dist.config import Config
-from sega_dist.data.shards import Manifest, open_manifest
+from sega_dist.data.remote import open_shards
+from sega_dist.data.shards import Manifest
 from sega_dist.distributed import WAIT, World
 from sega_dist.errors import UserError, run
 from sega_dist.launched import launched_ranks
@@ -22,7 +23,7 @@ from sega_dist.presets import PRESETS, preset
 
 @dataclass(frozen=True)
 class TrainCommand:
-    data: Path | None = None  # folder of shards, made by sega-dist shard
+    data: str = ""  # folder of shards, made by sega-dist shard, or the https address of one
     out: Path | None = None  # the run's folder; new, unless --resume is given
     preset: str = ""  # a named configuration to start from
     config: Path | None = None  # a JSON file of configuration keys, laid over the preset
@@ -47,9 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     if command.dry_run:
         print(json.dumps(configuration.to_dict(config), indent=1))
         return
-    if command.data is None or command.out is None:
+    if not command.data or command.out is None:
         raise UserError("train needs --data SHARDS and --out RUN")
-    manifest = open_manifest(command.data)
+    manifest = open_shards(command.data)
     check(command.out, config, manifest, checkpoint, launched_ranks())
     world = World(config.train.precision, command.device, command.timeout)
     try:

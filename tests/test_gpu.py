@@ -5,10 +5,12 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from conftest import SMALL, program
+from PIL import Image
 from ranks import on_ranks
 from torch import Tensor
 
@@ -18,10 +20,12 @@ from sega_dist.bench.kernels import Case, callable_of, errors, limits_of, truth
 from sega_dist.bench.measure import chained
 from sega_dist.checkpoint import save_snapshot
 from sega_dist.config import Config, DataConfig, GeneratorConfig
+from sega_dist.data.pairs import bicubic
 from sega_dist.data.shards import Manifest
 from sega_dist.kernels import backend, conv3x3_act
 from sega_dist.networks.build import build_generator
 from sega_dist.networks.generator import ResidualInternalDenseBlock
+from sega_dist.pictures import to_tensor
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -188,3 +192,12 @@ def test_our_global_batch_norm_is_torchs(tmp_path: Path):
     for torchs, ours in on_ranks(sync_and_ours, 2, tmp_path):
         for expected, found in zip(torchs, ours, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [2, 4, 8, 16])
+def test_bicubic_is_pillows_on_the_device(scale: int):
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    small = Image.fromarray(pixels).resize((256 // scale, 256 // scale), Image.Resampling.BICUBIC)
+    for images in (torch.from_numpy(pixels)[None].permute(0, 3, 1, 2), to_tensor(Image.fromarray(pixels))[None]):
+        ours = bicubic(images.cuda(), 256 // scale, 256 // scale)[0].cpu()
+        assert (ours.int() - to_tensor(small).int()).abs().max() <= 1

@@ -13,7 +13,7 @@ import torch
 from conftest import program
 from PIL import Image
 
-from sega_dist import cli, describe, evaluate, shard, train, upscale
+from sega_dist import cli, describe, evaluate, shard, train, upscale, verify
 from sega_dist.checkpoint import save_snapshot
 from sega_dist.config import Config, DataConfig, GeneratorConfig
 from sega_dist.data.shards import Manifest
@@ -235,17 +235,17 @@ def test_bad_shards(manifest: Manifest, snapshot: Path, tmp_path: Path):
     data = bytearray((index / "test-00000.idx").read_bytes())
     data[3] ^= 1
     as_bytes(index / "test-00000.idx", bytes(data))
-    (text / "manifest.json").write_text('{"format": 1, "size"')
+    (text / "manifest.json").write_text('{"format": 2, "size"')
     climbing = copy("climbing")
     values = (climbing / "manifest.json").read_text().replace("test-00000.tar", "../cut/test-00000.tar")
     (climbing / "manifest.json").write_text(values)
     newer = copy("newer")
-    (newer / "manifest.json").write_text((newer / "manifest.json").read_text().replace('"format": 1', '"format": 9'))
+    (newer / "manifest.json").write_text((newer / "manifest.json").read_text().replace('"format": 2', '"format": 9'))
     cases = [(cut, "cut short"), (gone, "is missing"), (index, "is damaged"), (text, "is damaged"),
              (tmp_path, "no manifest"), (climbing, "outside its folder"), (newer, "format 9")]  # fmt: skip
     for folder, said in cases:
         for main in (
-            lambda data: shard.verify_main([data]),
+            lambda data: verify.verify_main([data]),
             lambda data: evaluate.main([str(snapshot), "--data", data, "--out", str(tmp_path / "out")]),
             lambda data: train.main(["--preset", "tiny_x4", "--data", data, "--out", str(tmp_path / "out")]),
         ):
