@@ -20,6 +20,8 @@ from sega_dist.data import positions
 from sega_dist.data.crops import UnusableImage, hr_pixels
 from sega_dist.data.shards import INDEX, MEMBERS, Manifest
 
+PATIENCE = 1000  # samples in a row that may be damaged before a run is given up
+HOPELESS = 2**40  # samples passed over: more than any configuration allows
 OPEN_SHARDS = 128  # at most, of two descriptors each: a process may often have 1,024
 
 
@@ -71,7 +73,10 @@ class ShardReader:
         """The key of sample `number`, from the header of its image in the tar."""
         shard, offset, _, _ = self.place(number, 0)
         header = self._bytes(shard, 0, tarfile.BLOCKSIZE, offset - tarfile.BLOCKSIZE)
-        return tarfile.TarInfo.frombuf(header, "utf-8", "strict").name.partition(".")[0]
+        try:
+            return tarfile.TarInfo.frombuf(header, "utf-8", "strict").name.partition(".")[0]
+        except (tarfile.HeaderError, UnicodeDecodeError):
+            raise DamagedSample(f"the header of sample {number} in {self.shards[shard].name}") from None
 
     def place(self, number: int, which: int) -> tuple[int, int, int, int]:
         """The shard of a member of sample `number` (0 image, 1 JSON), and the offset, length and crc32 of its bytes."""
@@ -119,14 +124,14 @@ class TrainingImages(Dataset[Sample]):
     def __getitem__(self, position: int) -> Sample:
         n = len(self.reader)
         first = positions.sample_at(self.seed, position, n)
-        for damaged in range(n):
+        for damaged in range(min(n, PATIENCE)):
             try:
                 pixels = self.reader.pixels((first + damaged) % n)
                 return Sample(torch.from_numpy(pixels), damaged)
             except DamagedSample:
                 continue
         size = self.reader.manifest.size
-        return Sample(torch.zeros(size, size, 3, dtype=torch.uint8), n)
+        return Sample(torch.zeros(size, size, 3, dtype=torch.uint8), HOPELESS)
 
 
 class RankPositions(Sampler[list[int]]):

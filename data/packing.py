@@ -1,5 +1,7 @@
 """From a source and a recipe to shards: the plan of each shard, which any process can carry out, in any order."""
 
+import functools
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +52,15 @@ class Plans:
         if self.boxes is not None:
             for name in source.names:
                 celeba.of(name, self.boxes, celeba.BOXES)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """sha256 of what stands where, and of the boxes: sources and lists that give the same data set agree in it."""
+        total = hashlib.sha256()
+        for side, names in self.sides.items():
+            for name in names:
+                total.update(f"{side} {name} {self.box(name)}\n".encode(errors="surrogateescape"))
+        return total.hexdigest()
 
     def __len__(self) -> int:
         return len(self.places)

@@ -1,9 +1,12 @@
 """Shards on a web server: fetched once a node into a cache, resumed after a break, checked against their digests."""
 
 import contextlib
+import dataclasses
 import functools
+import io
 import os
 import shutil
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -12,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, BinaryIO
-from urllib.parse import urldefrag, urlsplit
+from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
@@ -25,6 +28,7 @@ from sega_dist.data.shards import (
     file_sha256,
     open_manifest,
     parse_manifest,
+    verify,
     write_whole,
 )
 from sega_dist.errors import UserError
@@ -37,6 +41,7 @@ PAUSE = 1.0  # seconds before the second attempt, doubled before each other
 STREAMS = 4  # files at a time
 STALL = 600.0  # seconds another process may hold the cache without any file of it growing
 BLOCK = 1 << 20
+MOST = 64 << 20  # bytes of a manifest
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -52,7 +57,7 @@ def open_shards(where: str) -> Manifest:
     """
     if "://" not in where:
         return open_manifest(Path(where))
-    address, pinned = urldefrag(where)
+    address, _, pinned = where.partition("#")
     address = address.rstrip("/")
     if not _is_safe(address):
         raise UserError(f"{address} is not an https address; http is for this machine's own addresses only")
@@ -74,48 +79,58 @@ def cache() -> Path:
 
 
 def fetch(address: str, manifest: Manifest, folder: Path) -> None:
-    """Every file of the data set that `folder` lacks; what has its final name has been checked."""
-    missing = [shard for shard in manifest.shards
-               if not ((folder / shard.name).exists() and (folder / shard.index_name).exists())]  # fmt: skip
+    """Every file of the data set that `folder` lacks, or has damaged; what has its final name was checked."""
+    missing = [
+        shard for shard, problem in verify(dataclasses.replace(manifest, folder=folder), is_quick=True) if problem
+    ]
+    for shard in missing:  # whatever is there under these names was damaged since
+        for name in (shard.name, shard.index_name):
+            (folder / name).unlink(missing_ok=True)
     needed, free = sum(shard.bytes for shard in missing), shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(f"{folder} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed; set SEGA_DIST_CACHE")
     if not missing:
         return
+    stop = threading.Event()
     with progress("fetching", sum(shard.samples for shard in missing)) as advance, ThreadPoolExecutor(STREAMS) as pool:
         try:
-            for shard in pool.map(lambda shard: _shard(address, shard, folder), missing):
+            for shard in pool.map(lambda shard: _shard(address, shard, folder, stop), missing):
                 advance(shard.samples)
-        except BaseException:
+        finally:
+            stop.set()
             pool.shutdown(cancel_futures=True)
-            raise
 
 
-def _shard(address: str, shard: Shard, folder: Path) -> Shard:
+def _shard(address: str, shard: Shard, folder: Path, stop: threading.Event) -> Shard:
     index_bytes = shard.samples * MEMBERS * INDEX.itemsize
     files = (shard.index_name, index_bytes, shard.index_sha256), (shard.name, shard.bytes, shard.sha256)
     for name, size, sha256 in files:
-        if not (folder / name).exists():
-            _insist(f"{address}/{name}", functools.partial(_file, path=folder / name, size=size, sha256=sha256))
+        file = functools.partial(_file, path=folder / name, size=size, sha256=sha256, stop=stop)
+        _insist(f"{address}/{name}", file, stop)
     return shard
 
 
 def _text(url: str) -> bytes:
     """A small file."""
-    found: list[bytes] = []
+    found, stop = io.BytesIO(), threading.Event()
 
     def read(url: str) -> None:
+        found.seek(0)
+        found.truncate()
         with _opened(url, 0) as response:
-            found.append(response.read(64 * BLOCK))
+            _copy(response, found, MOST, stop)
+            if found.tell() < int(response.headers.get("Content-Length") or 0):
+                raise Broken("the connection broke")
 
-    _insist(url, read)
-    return found[-1]
+    _insist(url, read, stop)
+    return found.getvalue()
 
 
-def _insist(url: str, attempt: Callable[[str], None]) -> None:
+def _insist(url: str, attempt: Callable[[str], None], stop: threading.Event) -> None:
     """Try again, later and later; UserError with the last reason."""
     for number in range(ATTEMPTS):
-        time.sleep(PAUSE * 2 ** (number - 1) if number else 0)
+        if stop.wait(PAUSE * 2 ** (number - 1) if number else 0):
+            raise UserError(f"gave up {url}")
         try:
             return attempt(url)
         except urllib.error.HTTPError as error:
@@ -127,13 +142,15 @@ def _insist(url: str, attempt: Callable[[str], None]) -> None:
     raise UserError(f"cannot fetch {url}, tried {ATTEMPTS} times: {reason}")
 
 
-def _file(url: str, path: Path, size: int, sha256: str) -> None:
+def _file(url: str, path: Path, size: int, sha256: str, stop: threading.Event) -> None:
     """One attempt to fetch what is still missing of a file."""
     partial = path.with_name(f".{path.name}.part")
     have = partial.stat().st_size if partial.exists() else 0
     if have < size:
         with _opened(url, have) as response, partial.open("ab" if response.status == 206 else "wb") as file:
-            _copy(response, file, size)
+            _copy(response, file, size, stop)
+            file.flush()
+            os.fsync(file.fileno())
     if partial.stat().st_size < size:
         raise Broken("the connection broke")
     if partial.stat().st_size > size or file_sha256(partial) != sha256:
@@ -142,10 +159,10 @@ def _file(url: str, path: Path, size: int, sha256: str) -> None:
     partial.rename(path)
 
 
-def _copy(response: Any, file: BinaryIO, size: int) -> None:
+def _copy(response: Any, file: BinaryIO, size: int, stop: threading.Event) -> None:
     """Until the end, or one block too much; a server slower than SLOWEST is silent."""
     began, count = time.monotonic(), 0
-    while file.tell() <= size and (block := response.read1(BLOCK)):
+    while not stop.is_set() and file.tell() <= size and (block := response.read1(BLOCK)):
         count += file.write(block)
         if time.monotonic() - began > TIMEOUT + count / SLOWEST:
             raise Broken(f"the server sent {count} bytes in {TIMEOUT + count / SLOWEST:.0f} s")
@@ -154,26 +171,36 @@ def _copy(response: Any, file: BinaryIO, size: int) -> None:
 def _opened(url: str, first: int) -> Any:
     """A response from byte `first` on, if the server can."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={first}-"} if first else {})
-    response = urllib.request.urlopen(request, timeout=TIMEOUT)
-    if not _is_safe(response.url):
-        raise UserError(f"{url} leads to {response.url}, which is not an https address")
-    return response
+    return urllib.request.build_opener(SafeRedirection).open(request, timeout=TIMEOUT)
+
+
+class SafeRedirection(urllib.request.HTTPRedirectHandler):
+    """No hop over an address that others could answer."""
+
+    def redirect_request(self, request: Any, file: Any, code: int, message: str, headers: Any, url: str) -> Any:
+        if not _is_safe(url):
+            raise UserError(f"{request.full_url} leads to {url}, which is not an https address")
+        return super().redirect_request(request, file, code, message, headers, url)
 
 
 def _is_safe(address: str) -> bool:
-    parts = urlsplit(address)
+    try:
+        parts = urlsplit(address)
+    except ValueError:
+        return False
     return parts.scheme == "https" or (parts.scheme == "http" and parts.hostname in LOOPBACK)
 
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[None]:
     """One process of a node fetches, the others wait for as long as it gets on."""
-    lock, seen, since = FileLock(folder / ".lock"), -1, time.monotonic()
+    lock, size, seen, since = FileLock(folder / ".lock"), 0, -1, time.monotonic()
     while True:
         with contextlib.suppress(Timeout):
             lock.acquire(timeout=1)
             break
-        size = sum(file.stat().st_size for file in folder.iterdir() if file.exists())
+        with contextlib.suppress(FileNotFoundError):  # renamed just now: it grows
+            size = sum(file.stat().st_size for file in folder.iterdir())
         if size != seen:
             seen, since = size, time.monotonic()
         elif time.monotonic() - since > STALL:

@@ -60,7 +60,7 @@ class Manifest:
 
     folder: Path
     recipe: Recipe
-    source: str  # sha256 of the names of all images
+    source: str  # sha256 of which image stands where; not of their contents
     skipped: int
     identities: dict[str, int]  # people on each side, and on two, where that is known
     versions: dict[str, str | None]
@@ -140,6 +140,10 @@ def parse_manifest(text: bytes, folder: Path) -> Manifest:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); shard the images again") from None
     for shard in manifest.shards:
+        words = shard.name, shard.sha256, shard.index_sha256
+        numbers = shard.samples, shard.bytes, manifest.size
+        if not all(isinstance(word, str) for word in words) or not all(isinstance(number, int) for number in numbers):
+            raise UserError(f"{path} is damaged (at {shard}); shard the images again")
         if Path(shard.name).name != shard.name:
             raise UserError(f"the manifest of {folder} names a shard outside its folder: {shard.name!r}")
     return manifest
@@ -148,9 +152,13 @@ def parse_manifest(text: bytes, folder: Path) -> Manifest:
 def verify(manifest: Manifest, is_quick: bool = False) -> Iterator[tuple[Shard, str]]:
     """Each shard with what is wrong with it (empty: nothing): by sizes and its index, or by every byte."""
     for shard in manifest.shards:
-        problem = _quick_problem(manifest.folder, shard)
-        if not problem and not is_quick and file_sha256(manifest.folder / shard.name) != shard.sha256:
-            problem = f"shard {manifest.folder / shard.name} differs from its digest in the manifest"
+        path = manifest.folder / shard.name
+        try:
+            problem = _quick_problem(manifest.folder, shard)
+            if not problem and not is_quick and file_sha256(path) != shard.sha256:
+                problem = f"shard {path} differs from its digest in the manifest"
+        except OSError as error:  # a bad sector
+            problem = f"shard {path} cannot be read: {error.strerror}"
         yield shard, problem
 
 

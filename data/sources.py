@@ -1,11 +1,14 @@
 """Where photographs come from: a folder, a zip, or a parquet file as the Hugging Face hub keeps them."""
 
-import functools
+import contextlib
+import errno
 import hashlib
+import lzma
 import os
 import re
 import stat
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -26,14 +29,6 @@ class Source:
     path: Path
     names: tuple[str, ...]
 
-    @functools.cached_property
-    def digest(self) -> str:
-        """sha256 of the names: the same images in another place are the same source."""
-        total = hashlib.sha256()
-        for name in self.names:
-            total.update(name.encode(errors="surrogateescape") + b"\n")
-        return total.hexdigest()
-
 
 def open_source(path: Path) -> Source:
     """The images of a folder (with its sub-folders), a zip or a parquet file; UserError where there are none."""
@@ -50,7 +45,12 @@ def read_images(path: Path, names: Iterable[str]) -> Iterator[tuple[str, bytes |
     """Each name with its bytes from the folder or file `path`, or None where it cannot be read."""
     if path.is_dir():
         for name in names:
-            yield name, _file_bytes(path / name)
+            data = _file_bytes(path / name)
+            if data is None and not path.is_dir():
+                raise UserError(f"source {path} is gone")
+            yield name, data
+    elif not path.exists():
+        raise UserError(f"source {path} is gone")
     elif _is_parquet(path):
         cells = Parquet(path)
         for name in names:
@@ -100,17 +100,26 @@ def _clean(text: str) -> str:
 
 
 def _folder_names(path: Path) -> Iterator[str]:
-    for folder, _, files in os.walk(path):
+    for folder, _, files in os.walk(path, onerror=_refuse):
         inside = os.path.relpath(folder, path)
         yield from (os.path.normpath(os.path.join(inside, file)) for file in files if _is_image_name(file))
 
 
+def _refuse(error: OSError) -> None:
+    raise UserError(f"cannot read folder {error.filename}: {error.strerror}")
+
+
 def _file_bytes(path: Path) -> bytes | None:
+    """None for what is no file, too large, not ours to read or gone; a failing disk is no fault of the image."""
     try:
         found = path.stat()
         return path.read_bytes() if stat.S_ISREG(found.st_mode) and found.st_size <= MAX_BYTES else None
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
         return None
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
+            return None
+        raise
 
 
 def _zip_names(path: Path) -> list[str]:
@@ -119,7 +128,7 @@ def _zip_names(path: Path) -> list[str]:
             members = archive.infolist()
     except OSError as error:
         raise UserError(f"cannot read source {path}: {error.strerror}") from None
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
         raise UserError(f"source {path} {_why_no_archive(path)}") from None
     names = [m.filename for m in members if _is_image_name(m.filename) and not stat.S_ISLNK(m.external_attr >> 16)]
     repeated = [name for name, count in Counter(names).items() if count > 1]
@@ -141,7 +150,8 @@ def _why_no_archive(path: Path) -> str:
 def _member_bytes(archive: zipfile.ZipFile, name: str) -> bytes | None:
     try:
         return archive.read(name) if archive.getinfo(name).file_size <= MAX_BYTES else None
-    except (OSError, RuntimeError, zipfile.BadZipFile, NotImplementedError, EOFError, ValueError, KeyError):
+    except (RuntimeError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, NotImplementedError, EOFError, ValueError,
+            KeyError):  # fmt: skip
         return None  # damaged, encrypted, or in a compression unknown here
 
 
@@ -158,7 +168,8 @@ class Parquet:
             from pyarrow import parquet
         except ImportError:
             raise UserError(f"to read {path} install pyarrow: pip install 'sega-dist[hub]'") from None
-        self.path, self.group, self.cells = path, -1, None
+        self.path, self.group, self.damage = path, -1, pyarrow.ArrowException
+        self.cells: Any = None
         try:
             self.file = parquet.ParquetFile(path)
         except (OSError, ValueError, pyarrow.ArrowException) as error:
@@ -172,8 +183,11 @@ class Parquet:
         """The bytes of an image; None where there are none, or far too many."""
         group, row = self.places[self.rows[name]]
         if group != self.group:
-            self.group, self.cells = group, self.file.read_row_group(group, columns=[self.column]).column(0)
-        assert self.cells is not None
+            self.group, self.cells = group, None
+            with contextlib.suppress(OSError, self.damage):  # then its images are skipped and named
+                self.cells = self.file.read_row_group(group, columns=[self.column]).column(0)
+        if self.cells is None:
+            return None
         cell = self.cells[row].as_py()
         data = cell.get("bytes") if isinstance(cell, dict) else cell
         return data if data is not None and len(data) <= MAX_BYTES else None

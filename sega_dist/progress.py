@@ -23,6 +23,7 @@ def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
             speed = f"{done / (time.perf_counter() - began):.3g} images/s"
             bar.update(task, advance=count, speed=speed)
             if not console.is_terminal and done * 10 // total > tenth:
-                print(f"{what}: {done:,} / {total:,} images, {speed}", file=sys.stderr, flush=True)
+                left = (total - done) * (time.perf_counter() - began) / done
+                print(f"{what}: {done:,} / {total:,} images, {speed}, {left:.0f} s left", file=sys.stderr, flush=True)
 
         yield advance

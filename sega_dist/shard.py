@@ -9,8 +9,10 @@ import os
 import re
 import shutil
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +20,7 @@ from sega_dist.arguments import OutPath, SourcePath, parse
 from sega_dist.data import celeba, splits
 from sega_dist.data.crops import Crop, versions
 from sega_dist.data.packing import Plan, Plans, Written, pack, sample_bytes
-from sega_dist.data.shards import MANIFEST, Manifest, Recipe, Shard, read_manifest, write_whole
+from sega_dist.data.shards import MANIFEST, Manifest, Recipe, Shard, open_manifest, read_manifest, write_whole
 from sega_dist.data.sources import open_source
 from sega_dist.errors import UserError, run, say
 from sega_dist.launched import launched_ranks
@@ -29,6 +31,10 @@ TAR_BYTES = 2048  # of a sample beside its image: two headers, two paddings, the
 ROOM = 1.1  # times what a few images let expect
 BEGUN = "begun.json"  # in OUT.partial: which source and recipe it is for
 RECORD = ".written.json"  # beside each shard in OUT.partial, written last
+
+
+class TooManySkipped(UserError):
+    """More images cannot be used than --max-skip allows: nothing is left behind."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +69,18 @@ def shard(command: ShardCommand) -> Manifest | None:
 
     Every part writes into OUT.partial, each file whole or not at all, so that parts need not know of each other.
     """
+    command = dataclasses.replace(command, out=command.out.resolve())
     part, parts = _check(command)
     source = open_source(command.source)
     recipe = Recipe(command.split, command.crop, command.size, command.seed, command.shard_size)
+    plans, partial = Plans(source, recipe, command.lists), _partial(command)
     if (command.out / MANIFEST).is_file():
         whole = read_manifest(command.out)
-        if (whole.recipe, whole.source) == (recipe, source.digest):
-            print(f"{command.out} is whole already: {whole}")
+        if (whole.recipe, whole.source) == (recipe, plans.digest):
+            print(f"{command.out} is there already: {open_manifest(command.out)}")
             return whole
     if command.out.exists() and (not command.out.is_dir() or any(command.out.iterdir())):
         raise UserError(f"{command.out} exists and is not an empty folder; remove it or name another")
-    plans, partial = Plans(source, recipe, command.lists), _partial(command)
     for line in _described(command, plans, part, parts):
         print(line)
     if command.dry_run:
@@ -82,10 +89,14 @@ def shard(command: ShardCommand) -> Manifest | None:
     try:
         _write(command, plans, partial, range(part, len(plans), parts))
         manifest = _finish(command, plans, partial)
-    except UserError:
+    except TooManySkipped:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    except BrokenProcessPool:
+        raise UserError("a worker was killed, for want of memory perhaps; go on with fewer --jobs") from None
     except FileNotFoundError:
+        if partial.exists():
+            raise
         if not (command.out / MANIFEST).is_file():
             raise UserError(f"{partial} is gone: another part failed, or somebody removed it") from None
         manifest = read_manifest(command.out)  # another part ended last
@@ -97,15 +108,16 @@ def shard(command: ShardCommand) -> Manifest | None:
 
 
 def _partial(command: ShardCommand) -> Path:
-    return command.out.with_name(f"{command.out.name}.partial")
+    out = command.out.resolve()
+    return out.with_name(f"{out.name}.partial")
 
 
 def _check(command: ShardCommand) -> tuple[int, int]:
     """Which part of how many this process is."""
     if command.size < 32 or command.size % 32:
         raise UserError(f"--size is {command.size}; it must be a multiple of 32")
-    if command.seed < 0 or not 0 <= command.max_skip <= 1:
-        raise UserError("--seed must be 0 or more, and --max-skip a share between 0 and 1")
+    if not 0 <= command.seed < 2**63 or not 0 <= command.max_skip <= 1:
+        raise UserError("--seed must be 0 or more and fit 63 bits, and --max-skip a share between 0 and 1")
     if command.shard_size < 1 or command.jobs < 0:
         raise UserError("--shard-size must be 1 or more, and --jobs 0 or more")
     ranks = launched_ranks()
@@ -138,7 +150,7 @@ def _described(command: ShardCommand, plans: Plans, part: int, parts: int) -> It
 
 def _begin(partial: Path, plans: Plans) -> None:
     """Make the folder for what is unfinished; UserError where one stands that was begun otherwise."""
-    ours = {"source": plans.source.digest, **dataclasses.asdict(plans.recipe), **versions()}
+    ours = {"source": plans.digest, **dataclasses.asdict(plans.recipe), **versions()}
     partial.mkdir(parents=True, exist_ok=True)
     begun = partial / BEGUN
     theirs = json.loads(begun.read_text()) if begun.is_file() else ours
@@ -169,7 +181,7 @@ def _packer(jobs: int) -> Iterator[Callable[[Iterable[Plan], Path], Iterator[tup
         yield lambda plans, folder: ((plan, pack(plan, folder)) for plan in plans)
         return
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(jobs, spawn, signal.signal, (signal.SIGINT, signal.SIG_IGN))  # Ctrl-C is the parent's
+    pool = ProcessPoolExecutor(jobs, spawn, _begin_worker)
 
     def packed(plans: Iterable[Plan], folder: Path) -> Iterator[tuple[Plan, Written]]:
         waiting: collections.deque[tuple[Plan, Future[Written]]] = collections.deque()
@@ -187,6 +199,19 @@ def _packer(jobs: int) -> Iterator[Callable[[Iterable[Plan], Path], Iterator[tup
         pool.shutdown(cancel_futures=True)
 
 
+def _begin_worker() -> None:
+    """Ctrl-C is the parent's to answer; a worker ends with its parent, however that ended."""
+
+    def watch() -> None:
+        parent = multiprocessing.parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _finish(command: ShardCommand, plans: Plans, partial: Path) -> Manifest | None:
     """Put the data set in place, whichever part ends last: should two do so at once, they write the same."""
     written = {result.shard.name: result for result in _written(partial)}
@@ -198,11 +223,11 @@ def _finish(command: ShardCommand, plans: Plans, partial: Path) -> Manifest | No
                          if of == side and (found := written[plans.name(index)]).shard.samples)
              for side in splits.SIDES}  # fmt: skip
     if not any(sides.values()):
-        raise UserError(
+        raise TooManySkipped(
             f"none of the images of {command.source} can be used; {skipped[0]['name']}: {skipped[0]['reason']}"
         )
     whole = {side: shards for side, shards in sides.items() if shards}
-    manifest = Manifest(partial, plans.recipe, plans.source.digest, len(skipped), plans.identities, versions(), whole)
+    manifest = Manifest(partial, plans.recipe, plans.digest, len(skipped), plans.identities, versions(), whole)
     if skipped:
         write_whole(partial / "skipped.jsonl", "".join(json.dumps(skip) + "\n" for skip in skipped).encode())
     manifest.save()
@@ -218,7 +243,7 @@ def _finish(command: ShardCommand, plans: Plans, partial: Path) -> Manifest | No
 def _limit(command: ShardCommand, plans: Plans, skipped: list[dict[str, str]]) -> None:
     limit = max(ALWAYS_TOLERATED, int(command.max_skip * len(plans.source.names))) if command.max_skip > 0 else 0
     if len(skipped) > limit:
-        raise UserError(
+        raise TooManySkipped(
             f"{len(skipped)} images cannot be used, more than the {limit} allowed by --max-skip {command.max_skip};"
             f" the first is {skipped[0]['name']}: {skipped[0]['reason']}"
         )

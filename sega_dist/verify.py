@@ -1,5 +1,6 @@
 """What became of shards and what is in them: `sega-dist verify`, `repair`, `inspect` and `stats`."""
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -73,10 +74,9 @@ def repair_main(argv: list[str] | None = None) -> None:
     manifest = read_manifest(command.shards)
     damaged = {shard.name: shard for shard, problem in _verified(manifest, is_quick=False) if problem}
     if damaged:
-        source = open_source(command.source)
-        if source.digest != manifest.source:
-            raise UserError(f"{command.source} does not hold the images that {command.shards} was made from")
-        plans = Plans(source, manifest.recipe, command.lists)
+        plans = Plans(open_source(command.source), manifest.recipe, command.lists)
+        if plans.digest != manifest.source:
+            raise UserError(f"{command.source}, with its lists, is not what {command.shards} was made from")
         with TemporaryDirectory(dir=command.shards, prefix=".repair.") as folder:
             for index in range(len(plans)):
                 if plans.name(index) in damaged:
@@ -90,14 +90,17 @@ def inspect_main(argv: list[str] | None = None) -> None:
     for side in manifest.sides:
         reader = ShardReader(manifest, side)
         for number in range(len(reader)):
-            if reader.key(number) == command.key:
-                _show(reader, side, number, command)
-                return
+            with contextlib.suppress(DamagedSample):  # of another sample
+                if reader.key(number) == command.key:
+                    _show(reader, side, number, command)
+                    return
     raise UserError(f"{command.shards} has no sample {command.key!r}; keys are names of members without suffix")
 
 
 def stats_main(argv: list[str] | None = None) -> None:
     command = parse(StatsCommand, argv or [], "sega-dist stats")
+    if command.sheet and command.sheet.suffix.lower() != ".png":
+        raise UserError(f"--sheet is {command.sheet}; it must end in .png")
     manifest = open_manifest(command.shards)
     facts = stats(manifest)
     if command.json:
@@ -135,7 +138,10 @@ def sheet(manifest: Manifest) -> Image.Image:
     for side in manifest.sides:
         reader = ShardReader(manifest, side)
         numbers = [i * len(reader) // COLUMNS for i in range(COLUMNS)]
-        rows.append([Panel(reader.image(number), f"{side} {reader.key(number)}") for number in numbers])
+        try:
+            rows.append([Panel(reader.image(number), f"{side} {reader.key(number)}") for number in numbers])
+        except DamagedSample as error:
+            raise UserError(f"{error} is damaged; sega-dist repair {manifest.folder} SOURCE writes it anew") from None
     return grid([""] * COLUMNS, rows, side=128)
 
 
@@ -167,8 +173,8 @@ def _show(reader: ShardReader, side: str, number: int, command: InspectCommand) 
     try:
         print(f"name    {reader.name(number)}")
         print(f"image   {length:,} bytes, {'x'.join(map(str, reader.image(number).shape[1:]))}, crc32 {crc32:08x}")
-    except DamagedSample as error:
-        raise UserError(f"{error} is damaged; sega-dist repair {command.shards} SOURCE writes it anew") from None
+    except DamagedSample:
+        raise UserError(f"{command.key} is damaged; sega-dist repair {command.shards} SOURCE writes it anew") from None
     print(f"sha256  {hashlib.sha256(data).hexdigest()}")
     if command.save:
         command.save.write_bytes(data)

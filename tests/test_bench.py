@@ -164,8 +164,8 @@ def test_quantiles():
 
 def test_mistakes_are_one_line():
     for words, said in [
-        (["bench"], "there are bench kernels, bench step, bench scaling"),
-        (["bench", "kernel"], "there are bench kernels, bench step, bench scaling"),
+        (["bench"], "there are bench kernels, bench step, bench data, bench scaling"),
+        (["bench", "kernel"], "there are bench kernels, bench step, bench data, bench scaling"),
         (["bench", "kernels", "--levels", "everything"], "everything"),
         (["bench", "kernels", "--device", "cuda"], "no CUDA device"),
     ]:

@@ -165,6 +165,63 @@ def test_a_longer_file_is_not_followed_to_its_end(manifest: Manifest, tmp_path: 
     assert sum(file.stat().st_size for file in cached.iterdir()) < 10 << 20
 
 
+def test_a_broken_or_slow_manifest_is_tried_again(manifest: Manifest):
+    text = (manifest.folder / "manifest.json").read_bytes()
+
+    def breaking(handler: http.server.BaseHTTPRequestHandler, name: str, count: int) -> bool:
+        if name != "manifest.json" or count > 1:
+            return False
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(text)))
+        handler.end_headers()
+        handler.wfile.write(text[:100])
+        for _ in range(20 * count):  # the second time, drop by drop
+            with contextlib.suppress(OSError):
+                handler.wfile.write(text[100:101])
+                time.sleep(0.1)
+        handler.close_connection = True
+        return True
+
+    with serving(manifest.folder, breaking) as (address, asked):
+        assert is_whole(remote.open_shards(address), manifest)
+        assert asked.count("manifest.json") == 3
+
+
+def test_a_damaged_cache_is_made_whole(manifest: Manifest):
+    with serving(manifest.folder) as (address, asked):
+        folder = remote.open_shards(address).folder
+        os.truncate(folder / "train-00001.tar", 100)
+        (folder / "test-00000.idx").write_bytes(b"x")
+        before = len(asked)
+        assert is_whole(remote.open_shards(address), manifest)
+        assert len(asked) == before + 5, "the manifest, and two files of each damaged shard"
+
+
+def test_an_error_in_one_file_does_not_wait_for_the_others(manifest: Manifest, monkeypatch: pytest.MonkeyPatch):
+    def one_missing(handler: http.server.BaseHTTPRequestHandler, name: str, count: int) -> bool:
+        if name == "train-00000.idx":
+            time.sleep(0.3)
+            handler.send_error(404)
+            return True
+        if not name.endswith(".tar"):
+            return False
+        handler.send_response(200)
+        handler.send_header("Content-Length", "1000000")
+        handler.end_headers()
+        with contextlib.suppress(OSError):
+            for _ in range(100):
+                handler.wfile.write(b"x" * 1000)
+                time.sleep(0.1)
+        handler.close_connection = True
+        return True
+
+    monkeypatch.setattr(remote, "TIMEOUT", 30.0)
+    began = time.monotonic()
+    with serving(manifest.folder, one_missing) as (address, _), pytest.raises(UserError, match="404"):
+        remote.open_shards(address)
+    assert time.monotonic() - began < 6
+
+
 def test_what_is_not_there_is_said_at_once(manifest: Manifest, tmp_path: Path):
     with serving(tmp_path) as (address, asked):
         with pytest.raises(UserError, match=r"manifest\.json: the server answers 404"):
@@ -178,7 +235,9 @@ def test_what_is_not_there_is_said_at_once(manifest: Manifest, tmp_path: Path):
         remote.open_shards(address)
 
 
-@pytest.mark.parametrize("address", ["http://example.com/faces", "pipe:cat x", "s3://bucket/faces", "file:///etc"])
+@pytest.mark.parametrize(
+    "address", ["http://example.com/faces", "https://[x", "pipe:cat x", "s3://bucket/faces", "file:///etc"]
+)
 def test_only_https_is_asked(address: str):
     with pytest.raises(UserError, match=r"https|not a folder"):
         remote.open_shards(address)
@@ -189,7 +248,10 @@ def test_a_redirection_to_plain_http_is_refused(manifest: Manifest, monkeypatch:
         if handler.path.startswith("/plain"):
             return False
         handler.send_response(302)
-        handler.send_header("Location", f"http://127.0.0.2:{handler.server.server_address[1]}/plain/{name}")
+        port = handler.server.server_address[1]
+        back = handler.path.startswith("/hop")  # the last address is safe again
+        where = f"http://127.0.0.1:{port}/plain" if back else f"http://127.0.0.2:{port}/hop"
+        handler.send_header("Location", f"{where}/{name}")
         handler.send_header("Content-Length", "0")
         handler.end_headers()
         return True

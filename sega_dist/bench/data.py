@@ -75,6 +75,8 @@ def bench(command: DataCommand) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         reader = ShardReader(_shards(command, Path(folder)), "train")
         count = min(command.images, len(reader)) // BATCH * BATCH
+        if not count:
+            raise UserError(f"{command.data} must hold {BATCH} training images or more")
         files = _stored(reader, Path(folder), count)
         times = timed({**inputs(reader, files, count, command.workers), **stages(reader, count),
                        **sharding(files, Path(folder))}, command.turns, count)  # fmt: skip
@@ -109,6 +111,8 @@ def inputs(reader: ShardReader, files: dict[str, list[Path]], count: int, worker
     """Each way to give `count` training pairs on the device, shuffled and flipped; each was seen to give the same."""
     shuffled = functools.partial(DataLoader, batch_size=BATCH, num_workers=workers, shuffle=True)
     tars = [str(reader.manifest.folder / shard.name) for shard in reader.shards]
+    in_order = webdataset.WebDataset(tars, shardshuffle=False, empty_check=False).decode("pil").to_tuple("jpg")
+    streamed = [_pillow_pair(sample[0], is_flipped=False) for sample in in_order.slice(BATCH)]
     ways: dict[str, tuple[Call, Callable[[int], Pair]]] = {
         "ours": (lambda: _ours(reader, count, workers), lambda i: _our_pair(reader.pixels(i))),
         "pairs_jpeg": (lambda: _drained(shuffled(StoredPairs(files["jpeg"], files["lr"]))),
@@ -117,8 +121,7 @@ def inputs(reader: ShardReader, files: dict[str, list[Path]], count: int, worker
                       lambda i: _unflipped(StoredPairs(files["png"], files["lr"]), i)),
         "image_folder": (lambda: _drained(shuffled(ImageFolder(files["jpeg"]))),
                          lambda i: _unflipped(ImageFolder(files["jpeg"]), i)),
-        "webdataset": (lambda: _drained(_streamed(tars, count, workers)),
-                       lambda i: _pillow_pair(Image.open(files["jpeg"][i]), is_flipped=False)),
+        "webdataset": (lambda: _drained(_streamed(tars, count, workers)), streamed.__getitem__),
     }  # fmt: skip
     for name, (_, pair) in ways.items():
         for number in range(BATCH):
