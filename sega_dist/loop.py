@@ -16,6 +16,7 @@ from sega_dist import config as configuration
 from sega_dist.batches import Batches
 from sega_dist.checkpoint import Checkpoint, save_checkpoint, save_snapshot
 from sega_dist.config import Config
+from sega_dist.data.images import HOPELESS
 from sega_dist.data.shards import Manifest
 from sega_dist.distributed import World
 from sega_dist.errors import BAD_DATA, NON_FINITE, PREEMPTED, UserError
@@ -142,8 +143,9 @@ class Training:
         self._refuse(next((name for name, value in values.items() if not math.isfinite(value)), None))
         bad = self.world.total(self.batches.bad_samples)
         if bad > self.config.data.max_bad_samples:
+            count = str(bad) if bad < HOPELESS else "more than a thousand"
             raise UserError(
-                f"{bad} damaged samples in {self.manifest.folder}, more than data.max_bad_samples"
+                f"{count} damaged samples in {self.manifest.folder}, more than data.max_bad_samples"
                 f" {self.config.data.max_bad_samples}; sega-dist verify names the shards",
                 BAD_DATA,
             )

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from sega_dist.data import celeba, crops, positions, splits
-from sega_dist.data.images import DamagedSample, RankPositions, ShardReader, TrainingImages, training_loader
+from sega_dist.data.images import HOPELESS, DamagedSample, RankPositions, ShardReader, TrainingImages, training_loader
 from sega_dist.data.pairs import bicubic, make_pair, patches, to_uint8, to_unit
 from sega_dist.data.shards import INDEX, Manifest, open_manifest, verify
 from sega_dist.data.synthetic import face
@@ -376,6 +376,13 @@ def test_a_damaged_sample_is_replaced_by_its_neighbour(manifest: Manifest, tmp_p
     image, damaged = TrainingImages(reader, 0)[position]
     assert damaged == 1
     assert torch.equal(image.permute(2, 0, 1), reader.image(6))
+
+
+def test_a_side_without_a_whole_sample_is_given_up(manifest: Manifest, tmp_path: Path):
+    reader = ShardReader(open_manifest(Path(shutil.copytree(manifest.folder, tmp_path / "gone"))), "train")
+    shutil.rmtree(tmp_path / "gone")
+    image, damaged = TrainingImages(reader, 0)[0]
+    assert damaged == HOPELESS and not image.any()
 
 
 def test_verify_finds_one_flipped_byte(manifest: Manifest, tmp_path: Path):
