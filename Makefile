@@ -31,7 +31,7 @@ help:
 	@echo "make lint            ruff and mypy"
 	@echo "make gpu             checks, tunes and times the kernels on this machine's GPU, in under ten minutes"
 	@echo "make gpu-step        the same for whole training steps: PART=check, bench or train, under nine minutes each"
-	@echo "make soak            the kernels' tests on the oldest Triton, and every kernel compiled for every chip"
+	@echo "make soak            real cables, the kernels' tests on the oldest Triton, every kernel for every chip"
 
 $(BIN)/.program: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

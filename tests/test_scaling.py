@@ -81,6 +81,7 @@ def test_the_command_prints_both_tables(capsys: pytest.CaptureFixture):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.distributed
 def test_bytes_on_a_cable_are_as_predicted(manifest: Manifest, tmp_path: Path):
     """DDP over two hosts; TCP's own headers and acknowledgements are the rest."""
