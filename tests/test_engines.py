@@ -181,6 +181,7 @@ def play_traced(rank: int, ranks: int, config: Config) -> tuple[dict[str, Any], 
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.distributed
 def test_a_compiled_step_on_two_ranks_is_the_step_itself(tmp_path: Path):
     plainly, traced = on_ranks(partial(play_traced, config=with_train(precision="fp64")), 2, tmp_path)[0]

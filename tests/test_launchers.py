@@ -109,6 +109,7 @@ def test_a_resume_under_zero3_is_no_stop(manifest: Manifest, tmp_path: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.deepspeed
 def test_a_run_goes_from_engine_to_engine(manifest: Manifest, tmp_path: Path):
     """By the program, one process under ZeRO among them; that no bit is lost on the way is in test_engines.py."""
