@@ -89,6 +89,7 @@ def test_rows_files_and_going_on(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert page.count("not measured") == 6 and "| step | 4 | 2 | ours_fp32 |" in page
 
 
+@pytest.mark.slow
 def test_a_wrong_column_has_no_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

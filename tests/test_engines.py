@@ -216,6 +216,7 @@ def after_twenty(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str
     return on_ranks(twenty_steps, 2, tmp_path_factory.mktemp("twenty"))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.deepspeed
 @zero

@@ -50,7 +50,7 @@ def weights(players: Players) -> list[Tensor]:
     return [p.detach().clone() for player in players.by_name.values() for p in player.raw.parameters()]
 
 
-@pytest.mark.parametrize("name", ["sega_x4", "sega_x8"])
+@pytest.mark.parametrize("name", ["sega_x4", pytest.param("sega_x8", marks=pytest.mark.slow)])
 def test_a_plain_loop_computes_the_same(name: str):
     """Three steps in fp64 of this project and of a hundred lines that share nothing with it."""
     config = small(name)
@@ -101,7 +101,8 @@ def test_what_asks_the_device_cannot_be_recorded():
         record(lambda: x * x.sum().item())
 
 
-@pytest.mark.parametrize("kind", ["vgg19_pool8", pytest.param("trainable", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["vgg19_pool8", "trainable"])
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 def test_what_the_compiler_traces_is_the_step(kind: str, monkeypatch: pytest.MonkeyPatch):
     """Warm-up, game, ticks, checkpointed activations: traced and differentiated as torch.compile does, to 1e-7 in fp64.
