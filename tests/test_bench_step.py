@@ -69,6 +69,7 @@ def test_work_of_a_step_is_what_the_papers_networks_ask_for(scale: Any, gflop: f
     assert found["G forward"] * 3 > found["G forward, backward"] > found["G forward"] * 2.9
 
 
+@pytest.mark.slow
 def test_rows_files_and_going_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     command = StepCommand(out=tmp_path, columns=TWO, batch=(2,), device="cpu")
     rows = bench(command)
