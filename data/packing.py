@@ -1,6 +1,5 @@
 """From a source and a recipe to shards: the plan of each shard, which any process can carry out, in any order."""
 
-import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -49,12 +48,9 @@ class Plans:
             identities = celeba.read_identities(source.path, lists)
             if all(name.rsplit("/", 1)[-1] in identities for name in source.names):
                 self.identities = splits.people(self.sides, identities)
-        if self.boxes is not None:
-            for name in source.names:
-                celeba.of(name, self.boxes, celeba.BOXES)
+        self.digest = self._digest()
 
-    @functools.cached_property
-    def digest(self) -> str:
+    def _digest(self) -> str:
         """sha256 of what stands where, and of the boxes: sources and lists that give the same data set agree in it."""
         total = hashlib.sha256()
         for side, names in self.sides.items():
@@ -83,17 +79,17 @@ class Plans:
         return min(self.recipe.shard_size, len(self.sides[side]) - number * self.recipe.shard_size)
 
     def box(self, name: str) -> Box | None:
-        return None if self.boxes is None else self.boxes[name.rsplit("/", 1)[-1]]
+        """Of the face, for crop wild; UserError where CelebA's list lacks the image."""
+        return None if self.boxes is None else celeba.of(name, self.boxes, celeba.BOXES)
 
 
 def pack(plan: Plan, folder: Path) -> Written:
     """Write one shard into `folder`."""
     skipped: list[dict[str, str]] = []
-    names, keys, boxes = zip(*plan.samples, strict=True)
-    how = dict(zip(names, zip(keys, boxes, strict=True), strict=True))
+    how = {name: (key, box) for name, key, box in plan.samples}
 
     def samples() -> Iterator[tuple[str, bytes, dict[str, Any]]]:
-        for name, data in read_images(plan.source, names):
+        for name, data in read_images(plan.source, how):
             key, box = how[name]
             try:
                 if data is None:

@@ -77,10 +77,12 @@ def repair_main(argv: list[str] | None = None) -> None:
         plans = Plans(open_source(command.source), manifest.recipe, command.lists)
         if plans.digest != manifest.source:
             raise UserError(f"{command.source}, with its lists, is not what {command.shards} was made from")
-        with TemporaryDirectory(dir=command.shards, prefix=".repair.") as folder:
-            for index in range(len(plans)):
-                if plans.name(index) in damaged:
-                    _replace(pack(plans[index], Path(folder)).shard, damaged[plans.name(index)], Path(folder), manifest)
+        numbers = [index for index in range(len(plans)) if plans.name(index) in damaged]
+        with (TemporaryDirectory(dir=command.shards, prefix=".repair.") as folder,
+              progress("repairing", sum(map(plans.count, numbers))) as advance):  # fmt: skip
+            for index in numbers:
+                _replace(pack(plans[index], Path(folder)).shard, damaged[plans.name(index)], Path(folder), manifest)
+                advance(plans.count(index))
     print(f"{len(damaged)} of {len(manifest.shards)} shards written anew{''.join(f', {name}' for name in damaged)}")
 
 
@@ -141,7 +143,7 @@ def sheet(manifest: Manifest) -> Image.Image:
         try:
             rows.append([Panel(reader.image(number), f"{side} {reader.key(number)}") for number in numbers])
         except DamagedSample as error:
-            raise UserError(f"{error} is damaged; sega-dist repair {manifest.folder} SOURCE writes it anew") from None
+            raise UserError(f"damaged: {error}; sega-dist repair {manifest.folder} SOURCE writes it anew") from None
     return grid([""] * COLUMNS, rows, side=128)
 
 

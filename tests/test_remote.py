@@ -64,6 +64,14 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("SEGA_DIST_CACHE", str(tmp_path / "cache"))
 
 
+def promise(handler: http.server.BaseHTTPRequestHandler, length: int, status: int = 200) -> None:
+    """An answer of so many bytes, of which the caller sends what he likes; the connection ends with them."""
+    handler.send_response(status)
+    handler.send_header("Content-Length", str(length))
+    handler.end_headers()
+    handler.close_connection = True
+
+
 def is_whole(found: Manifest, manifest: Manifest) -> bool:
     return found.digest == manifest.digest and not any(problem for _, problem in verify(found))
 
@@ -86,11 +94,8 @@ def test_a_broken_connection_is_taken_up_where_it_broke(manifest: Manifest):
             return False
         first = int(handler.headers.get("Range", "bytes=0-")[6:-1])
         data = (manifest.folder / name).read_bytes()[first:]
-        handler.send_response(206 if first else 200)
-        handler.send_header("Content-Length", str(len(data)))
-        handler.end_headers()
+        promise(handler, len(data), 206 if first else 200)
         handler.wfile.write(data[:10_000])
-        handler.close_connection = True
         return True
 
     with serving(manifest.folder, breaking) as (address, asked):
@@ -118,14 +123,11 @@ def test_a_trickle_is_no_answer(manifest: Manifest, monkeypatch: pytest.MonkeyPa
     def trickling(handler: http.server.BaseHTTPRequestHandler, name: str, count: int) -> bool:
         if name != "test-00000.tar":
             return False
-        handler.send_response(200)
-        handler.send_header("Content-Length", "1000000")
-        handler.end_headers()
+        promise(handler, 1_000_000)
         with contextlib.suppress(OSError):
             for _ in range(100):
                 handler.wfile.write(b"x")
                 time.sleep(0.1)
-        handler.close_connection = True
         return True
 
     monkeypatch.setattr(remote, "ATTEMPTS", 2)
@@ -171,15 +173,12 @@ def test_a_broken_or_slow_manifest_is_tried_again(manifest: Manifest):
     def breaking(handler: http.server.BaseHTTPRequestHandler, name: str, count: int) -> bool:
         if name != "manifest.json" or count > 1:
             return False
-        handler.send_response(200)
-        handler.send_header("Content-Length", str(len(text)))
-        handler.end_headers()
+        promise(handler, len(text))
         handler.wfile.write(text[:100])
         for _ in range(20 * count):  # the second time, drop by drop
             with contextlib.suppress(OSError):
                 handler.wfile.write(text[100:101])
                 time.sleep(0.1)
-        handler.close_connection = True
         return True
 
     with serving(manifest.folder, breaking) as (address, asked):
@@ -205,14 +204,11 @@ def test_an_error_in_one_file_does_not_wait_for_the_others(manifest: Manifest, m
             return True
         if not name.endswith(".tar"):
             return False
-        handler.send_response(200)
-        handler.send_header("Content-Length", "1000000")
-        handler.end_headers()
+        promise(handler, 1_000_000)
         with contextlib.suppress(OSError):
             for _ in range(100):
                 handler.wfile.write(b"x" * 1000)
                 time.sleep(0.1)
-        handler.close_connection = True
         return True
 
     monkeypatch.setattr(remote, "TIMEOUT", 30.0)
