@@ -160,6 +160,6 @@ def training_loader(dataset: TrainingImages, order: RankPositions, workers: int)
 
 def _quiet_worker(_: int) -> None:
     """Workers end with their parent; a signal to the group is the parent's to answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

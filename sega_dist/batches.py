@@ -32,6 +32,12 @@ class Batches:
         self.beside = torch.cuda.Stream() if world.device.type == "cuda" else None
         self.taken: torch.cuda.Event | None = None  # when the GPU came to the batch before the last
 
+    def close(self) -> None:
+        """End the processes that decode: they ignore signals, so the interpreter would wait for them without end."""
+        shutdown = getattr(self.samples, "_shutdown_workers", None)  # what its destructor calls, whenever that comes
+        if shutdown:
+            shutdown()
+
     def __next__(self) -> Batch:
         with record_function("data"):
             start = time.perf_counter()

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import _get_default_store
 
 from sega_dist.arguments import Device
-from sega_dist.errors import LOST_RANK, UserError, say
+from sega_dist.errors import LOST_RANK, UserError, exit_code, say
 from sega_dist.launched import launched_ranks, name_interface, zero_optimization
 
 M = TypeVar("M", bound=nn.Module)
 WAIT = 600  # seconds for any collective, unless told otherwise
+ANSWER = 8.0  # seconds for other ranks to say what they do, after a hang
 GRACE = timedelta(seconds=15)  # more, for what has a bound of its own and should speak first
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # What a collective says when it fails, whatever the backend; other errors are not about ranks.
@@ -63,6 +64,8 @@ class World:
             torch.cuda.set_stream(torch.cuda.Stream())  # CUDA records graphs on any stream but the default one
         tf32 = precision == "tf32"
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        self.section, self._since = "starting", time.monotonic()
+        self.in_hurry = False  # whoever started this process wants it to end
         # The launcher keeps this store, or rank 0: it outlives a failed collective, which no group does.
         self._store = dist.PrefixStore("alive", _get_default_store()) if self.size > 1 else None
 
@@ -162,11 +165,7 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` holds on some rank; every rank gets the same answer."""
-        if self.size == 1:
-            return flag
-        agreed = torch.tensor(int(flag))
-        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self._host_group)
-        return bool(agreed)
+        return bool(self.most(int(flag)))
 
     def total(self, count: int) -> int:
         """Sum of a host's integer over all ranks."""
@@ -175,6 +174,18 @@ class World:
         summed = torch.tensor(count)
         dist.all_reduce(summed, group=self._host_group)
         return int(summed)
+
+    def prove(self) -> None:
+        """Check the collectives that training uses by a sum that is known; UserError if it comes out otherwise."""
+        if self.size == 1:
+            return
+        mine = torch.tensor([self.rank + 1.0, 2.0 ** (self.rank % 24)], device=self.device)
+        expected = [sum(rank + 1.0 for rank in range(self.size)), sum(2.0 ** (rank % 24) for rank in range(self.size))]
+        for where, found in (("device", self.sum_of(mine).tolist()), ("host", [self.total(self.rank + 1)])):
+            if found != expected[: len(found)]:
+                raise UserError(
+                    f"the {self.size} ranks add up to {found} on the {where}, not {expected}: a broken link?"
+                )
 
     def agree(self, facts: dict[str, Any]) -> None:
         """Check that `facts`, by name, are the same on every rank; UserError names the ranks and what differs."""
@@ -198,6 +209,56 @@ class World:
             own = "" if self.is_main else f" (rank {self.rank} is on {socket.gethostname()})"
             raise UserError(f"{'; '.join(complaints)}{own}: start every process with the same")
 
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Around work without collectives: what fails on one rank ends all of them, with that rank's exit code."""
+        error: UserError | OSError | None = None
+        try:
+            yield
+        except (UserError, OSError) as caught:
+            error = caught
+        code = self.most(exit_code(error) if error else 0)
+        if error:
+            raise error
+        if code:
+            raise UserError("another rank cannot go on; its own line says why", code)
+
+    def most(self, number: int) -> int:
+        """The largest of every rank's `number`."""
+        if self.size == 1:
+            return number
+        agreed = torch.tensor(number)
+        dist.all_reduce(agreed, dist.ReduceOp.MAX, group=self._host_group)
+        return int(agreed)
+
+    def enter(self, section: str) -> None:
+        """Say what this rank does from now on: who looks on names it where it takes too long, or fails."""
+        self.section, self._since = section, time.monotonic()
+
+    def seconds_in_section(self) -> float:
+        return time.monotonic() - self._since
+
+    def sections_of_others(self) -> list[str]:
+        """A line for rank 0 on each other rank and what it does, after a hang; each rank calls it, from any thread."""
+        store, said = self._store, list[str]()
+        if store is None:
+            return said
+
+        def exchange() -> None:
+            with contextlib.suppress(RuntimeError):
+                store.set(f"section {self.rank}", self.section)
+                for rank in range(1, self.size) if self.is_main else ():
+                    end = time.monotonic() + ANSWER / self.size
+                    while not (is_there := store.check([f"section {rank}"])) and time.monotonic() < end:
+                        time.sleep(0.1)
+                    what = store.get(f"section {rank}").decode() if is_there else "silent"
+                    said.append(f"rank {rank} is {what}")
+
+        thread = threading.Thread(target=exchange, daemon=True)
+        thread.start()
+        thread.join(ANSWER + 1)
+        return said
+
     def _gather(self, mine: Tensor) -> list[Tensor]:
         everyone = [torch.empty_like(mine) for _ in range(self.size)]
         dist.all_gather(everyone, mine, group=self._host_group)
@@ -214,7 +275,9 @@ class World:
             lost = self._lost()
             who = f"lost rank {', '.join(map(str, lost))}" if lost else "a collective failed, though all ranks answer"
             reason = " ".join(str(error).split()).rpartition("] ")[2].split(". ")[0]
-            raise UserError(f"{who} of {self.size} ({reason[:160]}); {advice}", LOST_RANK) from error
+            raise UserError(
+                f"{who} of {self.size} while {self.section} ({reason[:160]}); {advice}", LOST_RANK
+            ) from error
 
     def _lost(self) -> list[int]:
         """Ranks that do not sign in time. Those that live do: their collective failed as well, a timeout later at most.
@@ -238,7 +301,8 @@ class World:
         # A store behind a cut cable answers never: it may only keep a thread waiting that ends with the process.
         thread = threading.Thread(target=sign, daemon=True)
         thread.start()
-        thread.join(self.timeout.total_seconds())
+        with contextlib.suppress(KeyboardInterrupt):  # the launcher ends all of them when it has lost one
+            thread.join(1.0 if self.in_hurry else self.timeout.total_seconds())
         return sorted(missing) if has_answered.is_set() or self.rank == 0 else [0]
 
     @contextlib.contextmanager

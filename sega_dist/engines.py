@@ -43,7 +43,19 @@ class Player:
         with warnings.catch_warnings():  # newer torch calls this flag otherwise, accelerate does not yet
             warnings.filterwarnings("ignore", message=".*broadcast_buffers")
             engine: nn.Module = self.world.accelerator.prepare_model(self.raw)
+        self._settle_buckets(engine)
         return engine
+
+    def _settle_buckets(self, engine: nn.Module) -> None:
+        """Let DDP divide the gradients now, not after the first step: a resumed run begins with another first step.
+
+        In which order three ranks add depends on where a gradient lies in what travels. DDP takes the order in which
+        it first saw gradients become ready: here that of the parameters, last to first.
+        """
+        self.raw.forward = lambda: sum(parameter.sum() for parameter in self.raw.parameters())
+        engine().backward()
+        del self.raw.forward  # the class's own again
+        self.optimizer.zero_grad(set_to_none=True)
 
     def backward_and_step(self, loss: Tensor) -> None:
         """One update from the mean over ranks of `loss`'s gradient; with fp16 none if that is not finite."""

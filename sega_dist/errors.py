@@ -1,21 +1,27 @@
 """One line and one exit code for every error a user can cause."""
 
+import contextlib
 import difflib
 import errno
 import os
 import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable
+from pathlib import Path
 
 USAGE = 2  # a wrong option, or bad input found before work starts
 BAD_DATA = 65  # data that turn bad during a run
 INTERNAL = 70  # a mistake of ours
 NON_FINITE = 71  # a loss or a weight that is not a finite number
+TAKEN_OVER = 73  # another process writes into this run's folder now
 DISK = 74  # no space left, or a file system that cannot be written
 LOST_RANK = 75  # another process died or cannot be reached: try again
 PREEMPTED = 85  # asked to stop; a checkpoint was saved
+HANG = 86  # no progress within the bound; the stacks were written down
 
-NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
 
 
 class UserError(Exception):
@@ -24,6 +30,38 @@ class UserError(Exception):
     def __init__(self, message: str, code: int = USAGE):
         super().__init__(message)
         self.code = code
+
+
+class NonFinite(UserError):
+    """A loss or a weight that is not a finite number."""
+
+    def __init__(self, message: str):
+        super().__init__(message, NON_FINITE)
+
+
+def exit_code(error: BaseException) -> int:
+    """What a program that ends by `error` exits with."""
+    if isinstance(error, UserError):
+        return error.code
+    if isinstance(error, OSError):
+        return DISK if error.errno in NO_ROOM else USAGE
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else INTERNAL
+
+
+def note(file: Path, error: BaseException, where: str) -> None:
+    """Append `error` with its traceback to `file`; where that cannot be, the one line on stderr must do."""
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(exist_ok=True)
+        with file.open("a") as stream:
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), where, file=stream)
+            traceback.print_exception(error, file=stream)
+
+
+def in_words(error: BaseException) -> str:
+    """One line for `error`; a file's name where it is about one."""
+    if isinstance(error, OSError):
+        return f"{error.strerror or error}: {error.filename or ''}"
+    return f"{error}" if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 def closest(name: str, names: list[str]) -> str:
@@ -43,16 +81,16 @@ def run(main: Callable[[list[str] | None], None], argv: list[str] | None = None)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(exit_code(KeyboardInterrupt()))
     except (UserError, OSError) as error:
         if is_debug:
             raise
-        say("error", error if isinstance(error, UserError) else f"{error.strerror or error}: {error.filename or ''}")
-        sys.exit(error.code if isinstance(error, UserError) else DISK if error.errno in NO_ROOM else USAGE)
+        say("error", in_words(error))
+        sys.exit(exit_code(error))
     except Exception as error:  # a mistake of ours: still one line, and the way to see the rest
         if is_debug:
             raise
-        say("internal error", f"{type(error).__name__}: {error} (--debug shows the traceback)")
+        say("internal error", f"{in_words(error)} (--debug shows the traceback)")
         sys.exit(INTERNAL)
 
 

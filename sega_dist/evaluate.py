@@ -19,7 +19,6 @@ from rich.table import Table
 from torch import Tensor
 
 from sega_dist.arguments import Device, SnapshotPath, parse
-from sega_dist.checkpoint import SNAPSHOTS, Snapshot, load_snapshot
 from sega_dist.data.images import DamagedSample, ShardReader
 from sega_dist.data.pairs import bicubic, to_uint8, to_unit
 from sega_dist.data.remote import open_shards
@@ -28,6 +27,7 @@ from sega_dist.errors import UserError, run
 from sega_dist.metrics import NAMES, PROTOCOL, scores
 from sega_dist.pictures import Panel, grid, to_image
 from sega_dist.progress import progress
+from sega_dist.snapshot import SNAPSHOTS, Snapshot, load_snapshot
 
 SHOWN = 8  # rows of the picture grid
 METHODS = ("bicubic", "model")

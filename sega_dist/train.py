@@ -4,7 +4,7 @@ import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -15,9 +15,11 @@ from sega_dist.config import Config
 from sega_dist.data.remote import open_shards
 from sega_dist.data.shards import Manifest
 from sega_dist.distributed import WAIT, World
+from sega_dist.environment import code_digest, packages
 from sega_dist.errors import UserError, run
 from sega_dist.launched import launched_ranks
-from sega_dist.loop import Training, packages
+from sega_dist.loop import Options, Training
+from sega_dist.owner import FILE as STATUS
 from sega_dist.presets import PRESETS, preset
 
 
@@ -27,9 +29,10 @@ class TrainCommand:
     out: Path | None = None  # the run's folder; new, unless --resume is given
     preset: str = ""  # a named configuration to start from
     config: Path | None = None  # a JSON file of configuration keys, laid over the preset
-    resume: str = ""  # latest, or the path of a checkpoint: continue that run
+    resume: str = ""  # latest, or the path of a checkpoint: continue that run; auto: latest, or begin if there is none
     vgg19: Path | None = None  # VGG19 weights; else $SEGA_DIST_VGG19, else torch.hub's cache or a download
-    timeout: int = WAIT  # seconds that a process waits for the others before it gives up
+    timeout: int = WAIT  # seconds that a process waits for the others, or for a step, before it gives up
+    on_nonfinite: Literal["stop", "rollback"] = "stop"  # rollback: to the newest checkpoint, leaving those images out
     profile: bool = False  # write RUN/profile/trace-RANK.json: what the first steps spend their time on
     device: Device = "auto"  # auto: the GPU where there is one; several processes on CPUs beside a GPU need cpu
     dry_run: bool = False  # print the resolved configuration and stop
@@ -51,12 +54,15 @@ def main(argv: list[str] | None = None) -> None:
     if not command.data or command.out is None:
         raise UserError("train needs --data SHARDS and --out RUN")
     manifest = open_shards(command.data)
-    check(command.out, config, manifest, checkpoint, launched_ranks())
+    is_begun = command.resume == "auto" and (command.out / STATUS).exists()  # and ended before its first checkpoint
+    check(command.out, config, manifest, checkpoint, launched_ranks(), is_begun)
     world = World(config.train.precision, command.device, command.timeout)
     try:
         with world.naming_lost_ranks("start again with --resume latest"):
-            agree(world, config, manifest, checkpoint)
-            with Training(world, config, manifest, command.out, command.vgg19, checkpoint, command.profile) as training:
+            world.prove()
+            agree(world, config, manifest, checkpoint, command.on_nonfinite)
+            options = Options(command.vgg19, command.timeout, command.profile, command.on_nonfinite)
+            with Training(world, config, manifest, command.out, options, checkpoint) as training:
                 training.run()
     finally:
         world.close()
@@ -71,7 +77,7 @@ def resolve(argv: list[str]) -> tuple[TrainCommand, Config, Checkpoint | None]:
     checkpoint, base = None, None
     if known.resume:
         checkpoint = find_checkpoint(Path(known.out or "."), known.resume)
-        base = checkpoint.config
+        base = checkpoint.config if checkpoint else None
     if known.preset:
         base = preset(known.preset)
     if known.config:
@@ -85,7 +91,8 @@ def resolve(argv: list[str]) -> tuple[TrainCommand, Config, Checkpoint | None]:
     return parsed.command, configuration.validate(parsed.config), checkpoint
 
 
-def check(out: Path, config: Config, manifest: Manifest, checkpoint: Checkpoint | None, ranks: int = 1) -> None:
+def check(out: Path, config: Config, manifest: Manifest, checkpoint: Checkpoint | None, ranks: int = 1,
+          is_begun: bool = False) -> None:  # fmt: skip
     """Refuse what would fail later: a data set of another size, a used folder, a checkpoint of another run."""
     if manifest.size != config.data.size:
         raise UserError(
@@ -99,7 +106,7 @@ def check(out: Path, config: Config, manifest: Manifest, checkpoint: Checkpoint 
             f" images a step over all of them; {-(-config.train.batch_size // ranks) * ranks} would do"
         )
     if checkpoint is None or checkpoint.folder.resolve().parent.parent != out.resolve():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if out.exists() and not is_begun and (not out.is_dir() or any(out.iterdir())):
             raise UserError(f"{out} exists and is not an empty folder; go on with --resume latest, or name another")
     else:
         newest = newest_checkpoint(out)
@@ -120,7 +127,7 @@ def check(out: Path, config: Config, manifest: Manifest, checkpoint: Checkpoint 
         )
 
 
-def agree(world: World, config: Config, manifest: Manifest, checkpoint: Checkpoint | None) -> None:
+def agree(world: World, config: Config, manifest: Manifest, checkpoint: Checkpoint | None, policy: str) -> None:
     """Refuse ranks that would not train the same run."""
     position = checkpoint.nimg if checkpoint else 0
     world.agree(
@@ -128,6 +135,7 @@ def agree(world: World, config: Config, manifest: Manifest, checkpoint: Checkpoi
         | {f"the version of {name}": version for name, version in packages().items()}
         | {"the data set's manifest": manifest.digest, "the position to resume from": position}
         | {"the DeepSpeed file": world.zero, "the engine": world.engine_version}
+        | {"the code of sega-dist": code_digest(), "--on-nonfinite": policy}
     )
 
 

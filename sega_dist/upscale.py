@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from sega_dist.arguments import Device, InPath, OutPath, SnapshotPath, parse
-from sega_dist.checkpoint import load_snapshot
 from sega_dist.data.crops import UnusableImage, decode
 from sega_dist.data.pairs import to_uint8, to_unit
 from sega_dist.data.sources import SUFFIXES
 from sega_dist.errors import UserError, run
 from sega_dist.pictures import to_image, to_tensor
 from sega_dist.progress import progress
+from sega_dist.snapshot import load_snapshot
 
 MIN_SIDE = 8  # pixels; below that there is no face to see
 OVERLAP = 16  # LR pixels at which neighbouring tiles see each other's content before they are cut

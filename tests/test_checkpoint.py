@@ -8,17 +8,19 @@ import torch
 from safetensors.torch import save_file
 
 from sega_dist import checkpoint
-from sega_dist.checkpoint import find_checkpoint, load_snapshot, save_checkpoint, save_snapshot
+from sega_dist.checkpoint import Checkpoint, find_checkpoint, save_checkpoint
 from sega_dist.config import Config, GeneratorConfig, digest
 from sega_dist.errors import UserError
 from sega_dist.networks.build import build_generator
+from sega_dist.snapshot import load_snapshot, save_snapshot
 
 CONFIG = Config(generator=GeneratorConfig(channels=4, nested_blocks=1))
 
 
 def save(run: Path, nimg: int, keep: int = 2) -> Path:
     tensors = {"generator": {"parameter.w": torch.full((3,), float(nimg))}}
-    return save_checkpoint(run, nimg, CONFIG, "digest", None, {"torch": "x"}, tensors, keep)
+    state = Checkpoint(nimg, 0, CONFIG, "digest", None, tensors, {"torch": "x"})
+    return save_checkpoint(run, state, keep, lambda: None)
 
 
 def test_checkpoints_come_back_and_old_ones_go(tmp_path: Path):
@@ -68,7 +70,7 @@ def test_a_crash_while_writing_leaves_the_old_one(tmp_path: Path, monkeypatch: p
             if len(calls) == fail_at:
                 raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(checkpoint, "_write_durably", failing)
+        monkeypatch.setattr(checkpoint, "write_whole", failing)
         with pytest.raises(OSError, match="No space"):
             save(tmp_path, 16)
         assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["000000000008"]
@@ -89,8 +91,8 @@ def test_no_checkpoint_and_a_newer_format_say_so(tmp_path: Path):
 
 def test_snapshots_come_back(tmp_path: Path):
     generator = build_generator(CONFIG).eval()
-    path = save_snapshot(tmp_path, 8, CONFIG, generator)
-    save_snapshot(tmp_path, 16, CONFIG, generator)
+    path = save_snapshot(tmp_path, 8, CONFIG, generator.state_dict())
+    save_snapshot(tmp_path, 16, CONFIG, generator.state_dict())
     lr = torch.rand(1, 3, 9, 7)
     for source, nimg in ((path, 8), (tmp_path, 16)):
         snapshot = load_snapshot(source)
@@ -100,7 +102,7 @@ def test_snapshots_come_back(tmp_path: Path):
 
 
 def test_snapshots_that_are_none_say_so(tmp_path: Path):
-    whole = save_snapshot(tmp_path, 8, CONFIG, build_generator(CONFIG))
+    whole = save_snapshot(tmp_path, 8, CONFIG, build_generator(CONFIG).state_dict())
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(whole.read_bytes()[:-100])
     foreign = tmp_path / "foreign.safetensors"

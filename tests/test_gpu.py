@@ -18,7 +18,6 @@ from sega_dist import evaluate
 from sega_dist.batchnorm import GlobalBatchNorm
 from sega_dist.bench.kernels import Case, callable_of, errors, limits_of, truth
 from sega_dist.bench.measure import chained
-from sega_dist.checkpoint import save_snapshot
 from sega_dist.config import Config, DataConfig, GeneratorConfig
 from sega_dist.data.pairs import bicubic
 from sega_dist.data.shards import Manifest
@@ -26,6 +25,7 @@ from sega_dist.kernels import backend, conv3x3_act
 from sega_dist.networks.build import build_generator
 from sega_dist.networks.generator import ResidualInternalDenseBlock
 from sega_dist.pictures import to_tensor
+from sega_dist.snapshot import save_snapshot
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -56,7 +56,7 @@ def test_runs_stop_and_go_on(manifest: Manifest, tmp_path: Path, precision: str)
 
 def test_scores_are_the_cpus(manifest: Manifest, tmp_path: Path):
     config = Config(data=DataConfig(size=64), generator=GeneratorConfig(channels=8, nested_blocks=1))
-    snapshot = save_snapshot(tmp_path, 8, config, build_generator(config))
+    snapshot = save_snapshot(tmp_path, 8, config, build_generator(config).state_dict())
     found = {}
     for device in ("cpu", "cuda"):
         out = tmp_path / device

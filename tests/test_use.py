@@ -14,7 +14,6 @@ from conftest import program
 from PIL import Image
 
 from sega_dist import cli, describe, evaluate, shard, train, upscale, verify
-from sega_dist.checkpoint import save_snapshot
 from sega_dist.config import Config, DataConfig, GeneratorConfig
 from sega_dist.data.shards import Manifest
 from sega_dist.data.synthetic import face
@@ -22,6 +21,7 @@ from sega_dist.errors import UserError
 from sega_dist.networks.build import build_generator
 from sega_dist.networks.generator import Generator
 from sega_dist.pictures import to_tensor
+from sega_dist.snapshot import save_snapshot
 
 CONFIG = Config(data=DataConfig(size=64), generator=GeneratorConfig(channels=4, nested_blocks=1))
 
@@ -30,7 +30,7 @@ CONFIG = Config(data=DataConfig(size=64), generator=GeneratorConfig(channels=4, 
 def snapshot(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     run = tmp_path_factory.mktemp("run")
-    return save_snapshot(run, 8, CONFIG, build_generator(CONFIG))
+    return save_snapshot(run, 8, CONFIG, build_generator(CONFIG).state_dict())
 
 
 class Nearest(Generator):
