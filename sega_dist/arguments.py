@@ -21,6 +21,7 @@ SourcePath = Annotated[Positional[Path], tyro.conf.arg(metavar="SOURCE")]
 InPath = Annotated[Positional[Path], tyro.conf.arg(metavar="IN")]
 OutPath = Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")]
 SnapshotPath = Annotated[Positional[Path], tyro.conf.arg(metavar="SNAPSHOT")]
+RunPath = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
 ShardsPath = Annotated[Positional[Path], tyro.conf.arg(metavar="SHARDS")]
 
 
@@ -38,6 +39,17 @@ def parse(command: type[T], argv: list[str], program: str, default: T | None = N
     if unknown:
         raise UserError(_unknown(unknown[0], command, program))
     return value
+
+
+def split(command: type, argv: list[str]) -> tuple[list[str], list[str]]:
+    """The words for `command`, each option with its value, and those for another program."""
+    ours, theirs, taking = list[str](), list[str](), 0
+    options = {f"--{key.rpartition('.')[2].replace('_', '-')}" for key in keys(command)} | {"-h", "--help"}
+    for word in argv:
+        is_ours = word.partition("=")[0].replace("_", "-") in options
+        taking = (1 if "=" in word else 2) if is_ours else taking - 1 if taking > 0 else 0
+        (ours if taking else theirs).append(word)
+    return ours, theirs
 
 
 def keys(command: Any, prefix: str = "") -> list[str]:

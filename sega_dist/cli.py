@@ -18,6 +18,9 @@ COMMANDS = {
         "main",
         "train a network (one process; accelerate launch -m sega_dist.train for more)",
     ),
+    "checkpoints": ("sega_dist.resume", "checkpoints_main", "a run's checkpoints: which are whole"),
+    "verify-resume": ("sega_dist.resume", "verify_main", "prove that a stop changes nothing, with your configuration"),
+    "doctor": ("sega_dist.doctor", "main", "what works on this machine, and how to mend what does not"),
     "evaluate": ("sega_dist.evaluate", "main", "PSNR and SSIM of a snapshot, with bicubic beside it"),
     "upscale": ("sega_dist.upscale", "main", "super-resolve photographs"),
     "bench kernels": (

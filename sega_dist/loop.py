@@ -110,7 +110,7 @@ class Training:
         self.report.say(f"done: {self.out}")
 
     def _train(self, step_is_over: Callable[[], None]) -> None:
-        train, world = self.config.train, self.world
+        train = self.config.train
         sums, since, began = Sums(), self.nimg, time.perf_counter()
         while self.nimg < train.images:
             self._enter("reading images")
