@@ -20,6 +20,7 @@ COMMANDS = {
     ),
     "checkpoints": ("sega_dist.resume", "checkpoints_main", "a run's checkpoints: which are whole"),
     "verify-resume": ("sega_dist.resume", "verify_main", "prove that a stop changes nothing, with your configuration"),
+    "slurm": ("sega_dist.slurm", "main", "a script for sbatch, filled in"),
     "doctor": ("sega_dist.doctor", "main", "what works on this machine, and how to mend what does not"),
     "evaluate": ("sega_dist.evaluate", "main", "PSNR and SSIM of a snapshot, with bicubic beside it"),
     "upscale": ("sega_dist.upscale", "main", "super-resolve photographs"),

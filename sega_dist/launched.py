@@ -10,6 +10,7 @@ from typing import Any
 from sega_dist.errors import UserError
 
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher tells each process
+WANTED = "SEGA_DIST_RANKS"  # how many processes a job's script asked for
 NO_ACCUMULATION = (
     "gradient accumulation is not possible here: batch norm's statistics and the relativistic means are those of the"
     " whole batch, which no micro-batch has; for a large batch on few GPUs use --train.activation-checkpointing"
@@ -19,6 +20,9 @@ NO_ACCUMULATION = (
 def launched_ranks() -> int:
     """How many processes the launcher started; UserError if it told this one too little."""
     missing = [name for name in LAUNCHED if not os.environ.get(name)]
+    wanted = os.environ.get(WANTED) or os.environ.get("WORLD_SIZE", "1")
+    if wanted != os.environ.get("WORLD_SIZE", "1"):
+        raise UserError(f"the job is for {wanted} processes, the launcher started {os.environ.get('WORLD_SIZE', '1')}")
     if "WORLD_SIZE" in missing and "RANK" in missing:
         return 1
     if missing:
@@ -44,7 +48,9 @@ def zero_optimization() -> dict[str, Any] | None:
             "DeepSpeed was asked for without a file: name one of launchers/deepspeed in the accelerate file"
         )
     try:
-        settings = json.loads(Path(file).read_text())
+        # launchers/... from the repository's root, or that of this installation from anywhere else
+        path = Path(file) if Path(file).is_file() else Path(__file__).parent / file
+        settings = json.loads(path.read_text())
         stage = settings["zero_optimization"]["stage"]
     except OSError as error:
         raise UserError(f"cannot read DeepSpeed file {file}: {error.strerror}") from None

@@ -1,6 +1,5 @@
 """Requests to stop: signals to this process, and files in the run's folder."""
 
-import contextlib
 import os
 import signal
 import time
@@ -25,16 +24,15 @@ class StopRequests:
         """`run` is the folder to look into, on the first rank; the others leave that to it."""
         self.kind: Stop = ""
         self.since = 0.0
-        job = f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT') or 0}"
-        self.files: dict[Path, Stop] = {}
-        if run:
-            self.files = {run / "stop": "stopped", run / f"stop.{job}": "preempted"}
+        life = f"{os.environ.get('SLURM_JOB_ID', '')}.{os.environ.get('SLURM_RESTART_COUNT') or 0}"
+        self.run = run
+        self.files: dict[str, Stop] = {"stop": "stopped", f"stop.{life}": "preempted"} if run else {}
 
     def __enter__(self) -> "StopRequests":
         self.handlers = {number: signal.signal(number, self._on_signal) for number in SIGNALS}
-        with contextlib.suppress(OSError):
-            for file in self.files:
-                file.unlink(missing_ok=True)  # meant for whoever ran before
+        for file in self.run.glob("stop*") if self.run else ():
+            if self.files.get(file.name) != "preempted":  # meant for whoever ran before
+                file.unlink(missing_ok=True)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -43,8 +41,8 @@ class StopRequests:
 
     def look(self) -> None:
         """Whether one of the files appeared."""
-        for file, kind in self.files.items():
-            if not self.kind and file.exists():
+        for name, kind in self.files.items():
+            if not self.kind and self.run and (self.run / name).exists():
                 self.kind = kind
 
     def _on_signal(self, number: int, _: Any) -> None:
