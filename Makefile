@@ -22,16 +22,17 @@ GPU_PYTHON ?= $(BIN)/python
 SITE ?=
 GPU_OUT ?= runs/gpu
 
-.PHONY: help demo test test-all soak gpu gpu-step lint clean
+.PHONY: help demo test test-all test-slurm soak gpu gpu-step lint clean
 
 help:
 	@echo "make demo            shards, trains, evaluates and upscales procedural faces in a few minutes"
 	@echo "make demo DATA=Z     the same on a folder or a zip of faces"
 	@echo "make test            the tests that take seconds each; make test-all adds the slow ones"
+	@echo "make test-slurm      the job scripts on a real SLURM of four nodes, all on this machine"
 	@echo "make lint            ruff and mypy"
 	@echo "make gpu             checks, tunes and times the kernels on this machine's GPU, in under ten minutes"
 	@echo "make gpu-step        the same for whole training steps: PART=check, bench or train, under nine minutes each"
-	@echo "make soak            real cables, the kernels' tests on the oldest Triton, every kernel for every chip"
+	@echo "make soak            seventy kills, real cables, the kernels' tests on the oldest Triton, every kernel for every chip"
 
 $(BIN)/.program: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -64,10 +65,15 @@ test: $(BIN)/.dev
 
 test-all: $(BIN)/.dev
 	$(BIN)/python -m pytest -m "not distributed" -n $(JOBS) --dist worksteal
-	$(BIN)/python -m pytest -m "distributed and not soak"
+	$(BIN)/python -m pytest -m "distributed and not soak and not slurm"
+
+# Wants Debian's slurmctld, slurmd and slurm-client; starts a cluster of its own on the loopback, and ends it.
+test-slurm: $(BIN)/.dev
+	$(BIN)/python -m pytest -m slurm
 
 soak: $(BIN)/.soak
 	$(BIN)/python -m pytest -m soak
+	SEGA_DIST_KILLS="20 50" $(BIN)/python -m pytest -s tests/test_survival.py -k kill
 	$(SOAK)/python -m pytest -p no:cacheprovider tests/test_kernels.py
 	TRITON_INTERPRET=0 $(SOAK)/python -m sega_dist.kernels.aot --arch sm_80 sm_89 sm_90 sm_100 gfx942 --dtype bf16 fp16 fp32
 	TRITON_INTERPRET=0 $(BIN)/python -m sega_dist.kernels.aot --arch sm_80 sm_89 sm_90 sm_100 gfx942 --dtype bf16 fp16 fp32

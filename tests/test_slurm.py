@@ -169,7 +169,7 @@ def test_a_preempted_job_comes_back_and_ends_as_if_left_alone(slurm: Cluster, ma
     until(lambda: slurm.job(job)["Restarts"] == "1", 60, lambda: log_of(slurm, job)[-3000:])
     stopped = status(run)
     assert (stopped["state"], stopped["code"]) == ("preempted", 85), log_of(slurm, job)[-3000:]
-    slurm.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+    slurm.wait(job, {"RUNNING"}, 120)
     begun(slurm, job, run, stopped["nimg"] // 12 + 2)
     print(f"preempted, queued again and going on after {time.monotonic() - asked:.0f} s")
     (run / "stop").touch()
@@ -213,11 +213,13 @@ def test_a_lost_node_costs_what_was_not_saved(slurm: Cluster, manifest: Manifest
     begun(slurm, job, run, 4)
     lost = slurm.run("scontrol", "show", "hostnames", slurm.job(job)["NodeList"]).split()[1]
     slurm.lose(lost)
+    went = time.monotonic()
     slurm.run("scontrol", "update", f"nodename={lost}", "state=down", "reason=lost")
     until(lambda: slurm.job(job)["Restarts"] == "1", 90, lambda: log_of(slurm, job)[-3000:])
     saved = max(int(folder.name) for folder in (run / "checkpoints").iterdir() if folder.name.isdigit())
-    slurm.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+    slurm.wait(job, {"RUNNING"}, 120)
     begun(slurm, job, run, saved // 12 + 2)
+    print(f"going on {time.monotonic() - went:.0f} s after a node was lost")
     assert f"from image {saved:,}" in log_of(slurm, job)
     slurm.run("scancel", str(job))
     slurm.restore(lost)
