@@ -9,9 +9,10 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -85,11 +86,18 @@ class World:
             InitProcessGroupKwargs(timeout=of_device, backend="gloo" if use_cpu and self.zero is not None else None),
         ]
         plugin = None if self.zero is None else _deepspeed(self.zero, asked, use_cpu)
-        strangers = (
-            f"the {asked} processes did not find each other at {os.environ.get('MASTER_ADDR')}:"
-            f"{os.environ.get('MASTER_PORT')} within {self.timeout.total_seconds():g} s: is the port in use, or a"
-            " machine missing? another --main_process_port may help"
-        )
+
+        def strangers() -> str:
+            """Looked for when it is said: a killed build of DeepSpeed's leaves a lock that all later ones wait for."""
+            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            said = (
+                f"the {asked} processes did not find each other at {address} within {self.timeout.total_seconds():g} s"
+            )
+            locks = list(Path(get_default_build_root()).glob("**/lock")) if plugin else []
+            if locks:
+                return f"{said}: if no other process builds there, remove {locks[0]}"
+            return f"{said}: is the port in use, or a machine missing? another --main_process_port may help"
+
         try:
             with _bounded(self.timeout + GRACE, strangers):
                 cpu = use_cpu and plugin is None
@@ -102,7 +110,7 @@ class World:
         except (RuntimeError, ConnectionError) as error:
             if not COMMUNICATION.search(str(error)):
                 raise
-            raise UserError(f"{strangers} ({str(error).splitlines()[0][:200]})", LOST_RANK) from None
+            raise UserError(f"{strangers()} ({str(error).splitlines()[0][:200]})", LOST_RANK) from None
         except ImportError as error:
             if plugin is None:
                 raise
@@ -348,11 +356,11 @@ class AllReduceSum(torch.autograd.Function):
 
 
 @contextlib.contextmanager
-def _bounded(wait: timedelta, message: str) -> Iterator[None]:
-    """End this process with `message` if the block takes longer: a stranger at the port may never answer."""
+def _bounded(wait: timedelta, message: Callable[[], str]) -> Iterator[None]:
+    """End this process with `message()` if the block takes longer: a stranger at the port may never answer."""
 
     def give_up() -> None:
-        say("error", message)
+        say("error", message())
         os._exit(LOST_RANK)
 
     timer = threading.Timer(wait.total_seconds(), give_up)
