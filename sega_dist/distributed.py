@@ -89,10 +89,11 @@ class World:
 
         def strangers() -> str:
             """Looked for when it is said: a killed build of DeepSpeed's leaves a lock that all later ones wait for."""
+            from torch.utils.cpp_extension import get_default_build_root
+
             address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            said = (
-                f"the {asked} processes did not find each other at {address} within {self.timeout.total_seconds():g} s"
-            )
+            bound = f"within {self.timeout.total_seconds():g} s"
+            said = f"the {asked} processes did not find each other at {address} {bound}"
             locks = list(Path(get_default_build_root()).glob("**/lock")) if plugin else []
             if locks:
                 return f"{said}: if no other process builds there, remove {locks[0]}"
