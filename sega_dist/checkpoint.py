@@ -14,16 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from sega_dist.config import Config, digest, from_dict, to_dict, validate
-from sega_dist.data.shards import file_sha256, write_whole
+from sega_dist.data.shards import sync_folder, write_whole
 from sega_dist.errors import UserError
 
 FORMAT = 2
 READABLE = (1, 2)  # format 1 had no `skipped`
 CHECKPOINTS, STATE = "checkpoints", "state.json"
+REPLACED = ".replaced"  # ends the name of a checkpoint that another one of its position is about to replace
 
 
 class DamagedCheckpoint(UserError):
@@ -101,6 +102,7 @@ def find_checkpoint(run: Path, wanted: str) -> Checkpoint | None:
     """
     if wanted not in ("latest", "auto"):
         return read_checkpoint(Path(wanted))
+    _put_back(run / CHECKPOINTS)
     folders = saved_checkpoints(run)
     if not folders:
         if wanted == "auto":
@@ -121,34 +123,48 @@ def newest_checkpoint(run: Path) -> int:
 
 def saved_checkpoints(run: Path) -> list[Path]:
     """A run's checkpoints, damaged or not, oldest first."""
-    return sorted(f for f in (run / CHECKPOINTS).glob("*") if f.is_dir() and f.name.isdecimal())
+    try:
+        found = list((run / CHECKPOINTS).iterdir())  # a folder that cannot be read is not one without checkpoints
+    except FileNotFoundError:
+        return []
+    return sorted(folder for folder in found if folder.is_dir() and folder.name.isdecimal())
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint after checking the digest of every file."""
     try:
-        state = json.loads((folder / STATE).read_text())
+        state = json.loads(_bytes(folder / STATE))
         if state.pop("sha256") != digest(state):
             raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {STATE} differs from its digest")
         if state["format"] not in READABLE:
             raise UserError(f"checkpoint {folder} has format {state['format']}, this version reads up to {FORMAT}")
         tensors = {}
         for name, expected in state["files"].items():
-            file = folder / Path(name).name
-            if file_sha256(file) != expected:
+            data = _bytes(folder / Path(name).name)
+            if hashlib.sha256(data).hexdigest() != expected:
                 raise DamagedCheckpoint(f"checkpoint {folder} is damaged: {name} differs from its digest")
-            tensors[file.stem] = load_file(file)
+            tensors[Path(name).stem] = load(data)
+        if folder.name.isdecimal() and int(folder.name) != state["nimg"]:
+            raise ValueError(f"it is of image {state['nimg']}")
+        if not isinstance(state["data"], str) or not isinstance(state["versions"], dict):
+            raise ValueError("data or versions make no sense")
         config = validate(from_dict(state["config"], str(folder / STATE)))
         return Checkpoint(_count(state["nimg"]), _count(state.get("skipped", 0)), config, state["data"],
                           state["vgg19"], tensors, state["versions"], folder)  # fmt: skip
     except OSError as error:
         raise DamagedCheckpoint(f"cannot read checkpoint {folder}: {error.strerror}: {error.filename}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, SafetensorError) as error:
         raise DamagedCheckpoint(f"checkpoint {folder} is damaged ({type(error).__name__}: {error})") from None
 
 
+def _bytes(file: Path) -> bytes:
+    if not file.is_file():  # a pipe would be waited for
+        raise DamagedCheckpoint(f"checkpoint {file.parent} is damaged: {file.name} is missing, or no file")
+    return file.read_bytes()
+
+
 def _count(value: object) -> int:
-    if not isinstance(value, int) or value < 0:
+    if type(value) is not int or value < 0:
         raise ValueError(f"{value!r} is no number of images")
     return value
 
@@ -158,18 +174,21 @@ def _placed(folder: Path, may_commit: Callable[[], None]) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when the block ends well, and vanishes otherwise."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     may_commit()
+    _put_back(folder.parent)
     for abandoned in folder.parent.glob(".*"):  # by a process that was killed
-        shutil.rmtree(abandoned)
+        _remove(abandoned)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}")
     partial.mkdir()
     try:
         yield partial
-        _sync(partial)
         may_commit()
-        if folder.exists():  # it is damaged, or the run would have gone on from it
-            _drop(folder)
+        replaced = folder.with_name(f".{folder.name}{REPLACED}")
+        if folder.exists():  # damaged, or of a writer that has been taken over
+            folder.rename(replaced)
         partial.rename(folder)
-        _sync(folder.parent)
+        sync_folder(folder.parent)
+        if replaced.exists():
+            _remove(replaced)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         may_commit()  # another writer may have swept this one's files away
@@ -180,12 +199,17 @@ def _drop(folder: Path) -> None:
     """Remove a checkpoint; half removed it no longer bears a checkpoint's name."""
     dropped = folder.with_name(f".{folder.name}.dropped")
     folder.rename(dropped)
-    shutil.rmtree(dropped)
+    _remove(dropped)
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _put_back(folder: Path) -> None:
+    """What a killed process was about to replace takes its place again."""
+    for replaced in folder.glob(f".*{REPLACED}"):
+        place = folder / replaced.name[1:].removesuffix(REPLACED)
+        if not place.exists():
+            with contextlib.suppress(FileNotFoundError):  # another rank did it
+                replaced.rename(place)
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()

@@ -109,6 +109,9 @@ class Config:
         return self.loss.w_adv > 0
 
 
+MOST = 4096  # channels, nested blocks: a file that asks for more was not written by us
+LARGEST = 1e300  # of a number that stands for a float
+
 # Keys that may change when a run goes on: they decide how long, how fast and how loudly, not what is computed.
 FREE_ON_RESUME = {
     "kernels", "compile", "data.workers", "data.max_bad_samples", "train.images", "train.activation_checkpointing",
@@ -145,8 +148,13 @@ def validate(config: Config) -> Config:
         (0 <= config.data.hflip <= 1, "data.hflip", config.data.hflip, "a probability"),
         (config.data.workers >= 0, "data.workers", config.data.workers, "0 or more"),
         (config.data.max_bad_samples >= 0, "data.max_bad_samples", config.data.max_bad_samples, "0 or more"),
-        (config.generator.channels >= 1, "generator.channels", config.generator.channels, "1 or more"),
-        (config.generator.nested_blocks >= 1, "generator.nested_blocks", config.generator.nested_blocks, "1 or more"),
+        (1 <= config.generator.channels <= MOST, "generator.channels", config.generator.channels, f"from 1 to {MOST}"),
+        (
+            1 <= config.generator.nested_blocks <= MOST,
+            "generator.nested_blocks",
+            config.generator.nested_blocks,
+            f"from 1 to {MOST}",
+        ),
         (config.encoder.width >= 1, "encoder.width", config.encoder.width, "1 or more"),
         (config.discriminator.width >= 2, "discriminator.width", config.discriminator.width, "2 or more"),
         (0 <= config.discriminator.dropout < 1, "discriminator.dropout", config.discriminator.dropout, "in [0, 1)"),
@@ -155,7 +163,7 @@ def validate(config: Config) -> Config:
         (train.learning_rate > 0, "train.learning_rate", train.learning_rate, "above 0"),
         (all(0 <= beta < 1 for beta in train.betas), "train.betas", train.betas, "two numbers in [0, 1)"),
         (train.keep >= 1, "train.keep", train.keep, "1 or more"),
-        (train.seed >= 0, "train.seed", train.seed, "0 or more"),
+        (0 <= train.seed < 2**63, "train.seed", train.seed, "0 or more, and fit 63 bits"),
     ]
     rules += [(getattr(train, name) > 0, f"train.{name}", getattr(train, name), "above 0")
               for name in ("tick_kimg", "grid_kimg", "checkpoint_kimg")]  # fmt: skip
@@ -188,7 +196,7 @@ def load(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"cannot read configuration {path}: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a JSON object of configuration keys")
@@ -241,14 +249,18 @@ def _value(kind: Any, value: Any, key: str, where: str) -> Any:
     if typing.get_origin(kind) is Literal:
         if not any(value == legal and type(value) is type(legal) for legal in typing.get_args(kind)):
             legal = ", ".join(map(str, typing.get_args(kind)))
-            raise UserError(f"{key} in {where} is {value!r}; it must be one of {legal}")
+            raise UserError(f"{key} in {where} is {value!r:.80}; it must be one of {legal}")
         return value
     if typing.get_origin(kind) is tuple:
-        if isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value):
+        if (
+            isinstance(value, (list, tuple))
+            and len(value) == 2
+            and all(isinstance(v, (int, float)) and abs(v) < LARGEST for v in value)
+        ):
             return tuple(map(float, value))
-    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool):
+    elif kind is float and isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST:
         return float(value)
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-    raise UserError(f"{key} in {where} is {value!r}; it must be {names.get(kind, 'two numbers')}")
+    raise UserError(f"{key} in {where} is {value!r:.80}; it must be {names.get(kind, 'two numbers')}")

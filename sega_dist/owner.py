@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 import socket
+import sys
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -42,14 +43,16 @@ class Owner:
         end = time.monotonic() + SILENCE + SIGN
         while (other := self._other()) and self._lives(other):
             is_here = other.get("host") == self.me["host"]
-            who = f"process {other.get('pid')} on {other.get('host')}" + f", job {other['job']}" * bool(
-                other.get("job")
-            )
+            job = f", job {other['job']!s:.40}" if other.get("job") else ""
+            who = f"process {other.get('pid')} on {other.get('host')}{job}"
             if is_here or time.monotonic() > end:
                 raise UserError(f"{self.run} is being written by {who}: wait for its end, or touch {self.run}/stop")
             if end - time.monotonic() > SILENCE:
-                print(f"{who} wrote into {self.run}: waiting up to {SILENCE:.0f} s for a sign of life", flush=True)
+                print(f"{who} wrote into {self.run}: waiting up to {SILENCE:.0f} s for a sign of life", file=sys.stderr)
             time.sleep(SIGN / 2)
+        for pattern in (f".{FILE}.*", ".clock.*"):  # by a process that was killed
+            for abandoned in self.run.glob(pattern):
+                abandoned.unlink(missing_ok=True)
         self.write("running")
 
     def check(self) -> None:
@@ -99,7 +102,7 @@ class Owner:
             return False  # the scheduler started this job anew: the life before is over
         if other.get("host") == self.me["host"]:
             return _runs(other.get("pid"), other.get("born"))
-        return self._silence() < SILENCE
+        return abs(self._silence()) < SILENCE
 
     def _silence(self) -> float:
         """Seconds since the last sign of life, by the clock of the file system that both see."""
@@ -113,8 +116,9 @@ class Owner:
 
 def read_status(run: Path) -> dict[str, Any] | None:
     """RUN/status.json; None where there is none, or it holds nothing that makes sense."""
+    file = run / FILE
     try:
-        values = json.loads((run / FILE).read_text())
+        values = json.loads(file.read_text()) if file.is_file() else None  # a pipe would be waited for
     except (OSError, ValueError, RecursionError):
         return None
     return values if isinstance(values, dict) else None
@@ -132,4 +136,4 @@ def _runs(pid: Any, born: Any) -> bool:
 
 
 def _number(text: Any) -> int:
-    return int(text) if str(text).isdigit() else 0
+    return int(text) if str(text).isdecimal() and len(str(text)) < 10 else 0

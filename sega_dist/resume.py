@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 
@@ -44,11 +45,11 @@ def checkpoints_main(argv: list[str] | None = None) -> None:
     if command.json:
         print(json.dumps({"status": status, "checkpoints": rows}, indent=1))
     else:
-        shown = Table(title=f"{command.run}: {status.get('state', 'never begun')}")
+        shown = Table(title=f"{escape(str(command.run))}: {status.get('state', 'never begun')}")
         for name in ("images", "MB", "saved", "state", "made by"):
             shown.add_column(name, justify="right" if name in ("images", "MB") else "left", overflow="fold")
         for row in rows:
-            shown.add_row(*(f"{row[name]:,}" if name == "images" else str(row[name]) for name in row))
+            shown.add_row(*(f"{row[name]:,}" if name == "images" else escape(str(row[name])) for name in row))
         Console().print(shown)
     damaged = [row for row in rows if row["state"] != "whole"]
     if damaged or not rows:
@@ -58,8 +59,8 @@ def checkpoints_main(argv: list[str] | None = None) -> None:
 
 def _row(folder: Path) -> dict[str, object]:
     files = list(folder.iterdir())
-    saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(folder.stat().st_mtime))
-    row = {"images": int(folder.name), "MB": round(sum(f.stat().st_size for f in files) / 1e6, 1), "saved": saved}
+    saved = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(folder.lstat().st_mtime))
+    row = {"images": int(folder.name), "MB": round(sum(f.lstat().st_size for f in files) / 1e6, 1), "saved": saved}
     try:
         made_by = read_checkpoint(folder).versions
     except (DamagedCheckpoint, UserError) as error:

@@ -1,7 +1,9 @@
 """Snapshots: the generator for users, one safetensors file with its configuration in the header."""
 
 import dataclasses
+import hashlib
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +29,11 @@ def save_snapshot(run: Path, nimg: int, config: Config, weights: dict[str, Tenso
     folder = run / SNAPSHOTS
     folder.mkdir(exist_ok=True)
     for abandoned in folder.glob(".snapshot-*"):  # by a process that was killed
-        abandoned.unlink(missing_ok=True)
+        shutil.rmtree(abandoned) if abandoned.is_dir() else abandoned.unlink(missing_ok=True)
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-    header = json.dumps({"format": FORMAT, "nimg": nimg, "config": to_dict(config)})
+    values = {"format": FORMAT, "nimg": nimg, "config": to_dict(config), "sha256": _digest(tensors)}
     path = folder / f"snapshot-{nimg:012d}.safetensors"
-    write_whole(path, save(tensors, metadata={METADATA: header}))
+    write_whole(path, save(tensors, metadata={METADATA: json.dumps(values)}))
     return path
 
 
@@ -57,7 +59,13 @@ def load_snapshot(path: Path, device: Device | torch.device = "cpu") -> Snapshot
         if header is None:
             raise UserError(f"{file} was not written by sega-dist: its header holds no configuration")
         values = json.loads(header)
+        if values["format"] != FORMAT or type(values["nimg"]) is not int or values["nimg"] < 0:
+            raise ValueError(f"format {values['format']!r:.20}, nimg {values['nimg']!r:.20}")
         config, state = validate(from_dict(values["config"], str(file))), load_file(file)
+        if values.get("sha256", _digest(state)) != _digest(state):
+            raise ValueError("its weights differ from their digest")
+        if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+            raise ValueError("a weight is not finite")
         # What made it does not bind who uses it: a snapshot trained with kernels=triton serves on a CPU.
         generator = build_generator(dataclasses.replace(config, kernels="auto"))
         generator.load_state_dict(state)
@@ -65,7 +73,7 @@ def load_snapshot(path: Path, device: Device | torch.device = "cpu") -> Snapshot
         return Snapshot(generator, config, int(values["nimg"]), device)
     except OSError as error:
         raise UserError(f"cannot read snapshot {file}: {error.strerror or error}") from None
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0][:120]
         raise UserError(f"{file} is not a whole snapshot ({type(error).__name__}: {reason})") from None
 
@@ -76,6 +84,10 @@ def newest_snapshot(run: Path) -> Path:
     if not found:
         raise UserError(f"{run} holds no snapshot; name a .safetensors file, or a run's folder with {SNAPSHOTS}/ in it")
     return found[-1]
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    return hashlib.sha256(save(tensors)).hexdigest()
 
 
 def _device(name: Device) -> torch.device:

@@ -130,7 +130,7 @@ def memory_gb(device: torch.device) -> float:
 def _drop_after(file: Path, nimg: int) -> None:
     """Forget lines beyond `nimg`: the run goes on from an older checkpoint and will write them again."""
     if file.is_file():
-        lines = [line for line in file.read_text().splitlines() if _position(line) <= nimg]
+        lines = [line for line in file.read_text(errors="replace").splitlines() if _position(line) <= nimg]
         file.write_text("".join(line + "\n" for line in lines))
 
 
