@@ -190,11 +190,11 @@ class World:
             return
         mine = torch.tensor([self.rank + 1.0, 2.0 ** (self.rank % 24)], device=self.device)
         expected = [sum(rank + 1.0 for rank in range(self.size)), sum(2.0 ** (rank % 24) for rank in range(self.size))]
-        for where, found in (("device", self.sum_of(mine).tolist()), ("host", [self.total(self.rank + 1)])):
-            if found != expected[: len(found)]:
-                raise UserError(
-                    f"the {self.size} ranks add up to {found} on the {where}, not {expected}: a broken link?"
-                )
+        on_device, on_host = self.sum_of(mine).tolist(), [float(self.total(self.rank + 1))]
+        with self.together():
+            for where, found in (("device", on_device), ("host", on_host)):
+                if found != expected[: len(found)]:
+                    raise UserError(f"the {self.size} ranks add up to {found} on the {where}, not {expected}")
 
     def agree(self, facts: dict[str, Any]) -> None:
         """Check that `facts`, by name, are the same on every rank; UserError names the ranks and what differs."""

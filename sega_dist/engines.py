@@ -93,12 +93,18 @@ class Player:
 
     @torch.no_grad()
     def is_finite(self) -> bool:
-        """Whether every parameter is a finite number on every rank; asks the device once."""
-        is_here = bool(torch.stack([part.sum() * 0 for part in self._own()]).sum() == 0)
+        """Whether every parameter and second moment is finite on every rank; asks the device once.
+
+        A gradient whose square overflows leaves its weight as it is, now and ever after.
+        """
+        is_here = bool(torch.stack([part.sum() * 0 for part in [*self._own(), *self._second_moments()]]).sum() == 0)
         return not self.world.any(not is_here)
 
     def _own(self) -> list[Tensor]:
         return self.parts()
+
+    def _second_moments(self) -> list[Tensor]:
+        return [adam[MOMENTS[1][1]] for adam in self.optimizer.state.values() if adam]
 
     def full_state(self) -> dict[str, Tensor]:
         """Parameters, buffers, Adam moments and loss scale by name, on the host, whatever the engine.
@@ -212,6 +218,10 @@ class ZeroPlayer(Player):
         pairs = zip(self.raw.parameters(), self.parts(), strict=True)
         return [part[: max(0, p.ds_numel - self.world.rank * part.numel())] for p, part in pairs]  # type: ignore[attr-defined]
 
+    def _second_moments(self) -> list[Tensor]:
+        state = self.zero.optimizer.state
+        return [state[flat][MOMENTS[1][1]] for flat in self._flat if state.get(flat)]
+
     def is_finite(self) -> bool:
         return self.skipped == 0 and super().is_finite()
 
@@ -244,6 +254,7 @@ class ZeroPlayer(Player):
 
     @torch.no_grad()
     def _scatter(self, state: dict[str, Tensor]) -> None:
+        self.skipped = 0
         named = list(self.raw.named_parameters())
         for name, buffer in self.raw.named_buffers():
             buffer.copy_(state[PARAMETERS + name])

@@ -271,9 +271,9 @@ class Training:
     def _refuse(self, wrong: list[str], since: int) -> None:
         """What is not a finite number, on every rank alike: write down which images the steps since then saw."""
         if self.world.is_main:
-            file = self.out / ERRORS / f"nonfinite-{self.nimg:012d}.json"
-            first, n = since + self.skipped, len(self.manifest.side("train"))
-            numbers = [positions.sample_at(self.config.train.seed, first + i, n) for i in range(self.nimg - since)]
+            first, end = since + self.skipped, self.nimg + self.skipped
+            file, n = self.out / ERRORS / f"nonfinite-{end:012d}.json", self.manifest.images("train")
+            numbers = [positions.sample_at(self.config.train.seed, number, n) for number in range(first, end)]
             write_whole(file, json.dumps({"wrong": wrong, "after": since, "until": self.nimg, "skipped": self.skipped,
                                           "samples of the train side": numbers}).encode())  # fmt: skip
         raise NonFinite(

@@ -54,7 +54,8 @@ def main(argv: list[str] | None = None) -> None:
     if not command.data or command.out is None:
         raise UserError("train needs --data SHARDS and --out RUN")
     manifest = open_shards(command.data)
-    is_begun = command.resume == "auto" and (command.out / STATUS).exists()  # and ended before its first checkpoint
+    # It ended before its first checkpoint, perhaps while it first wrote its status.
+    is_begun = command.resume == "auto" and any(STATUS in file.name for file in command.out.glob("*"))
     check(command.out, config, manifest, checkpoint, launched_ranks(), is_begun)
     world = World(config.train.precision, command.device, command.timeout)
     try:
