@@ -64,7 +64,7 @@ test: $(BIN)/.dev
 	$(BIN)/python -m pytest -m "distributed and not slow"
 
 test-all: $(BIN)/.dev
-	$(BIN)/python -m pytest -m "not distributed" -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -m "not distributed and not soak" -n $(JOBS) --dist worksteal
 	$(BIN)/python -m pytest -m "distributed and not soak and not slurm"
 
 # Wants Debian's slurmctld, slurmd and slurm-client; starts a cluster of its own on the loopback, and ends it.
@@ -73,7 +73,7 @@ test-slurm: $(BIN)/.dev
 
 soak: $(BIN)/.soak
 	$(BIN)/python -m pytest -m soak
-	SEGA_DIST_KILLS="20 50" $(BIN)/python -m pytest -s tests/test_survival.py -k kill
+	SEGA_DIST_KILLS="20 50" $(BIN)/python -m pytest -s tests/test_survival.py -k no_kill
 	$(SOAK)/python -m pytest -p no:cacheprovider tests/test_kernels.py
 	TRITON_INTERPRET=0 $(SOAK)/python -m sega_dist.kernels.aot --arch sm_80 sm_89 sm_90 sm_100 gfx942 --dtype bf16 fp16 fp32
 	TRITON_INTERPRET=0 $(BIN)/python -m sega_dist.kernels.aot --arch sm_80 sm_89 sm_90 sm_100 gfx942 --dtype bf16 fp16 fp32

@@ -1,10 +1,12 @@
 """Reading images by number from shards, and their endless, exact, seeded order."""
 
+import ctypes
 import errno
 import itertools
 import json
 import os
 import signal
+import sys
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from sega_dist.data import positions
 from sega_dist.data.crops import UnusableImage, hr_pixels
 from sega_dist.data.shards import INDEX, MEMBERS, Manifest
 
+PR_SET_PDEATHSIG = 1  # Linux's prctl: a signal for when the parent ends
 PATIENCE = 1000  # samples in a row that may be damaged before a run is given up
 HOPELESS = 2**40  # samples passed over: more than any configuration allows
 OPEN_SHARDS = 128  # at most, of two descriptors each: a process may often have 1,024
@@ -159,7 +162,9 @@ def training_loader(dataset: TrainingImages, order: RankPositions, workers: int)
 
 
 def _quiet_worker(_: int) -> None:
-    """Workers end with their parent; a signal to the group is the parent's to answer."""
+    """Workers end with their parent, however it ends; a signal to the group is the parent's to answer."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -28,6 +28,7 @@ from sega_dist.launched import launched_ranks, name_interface, zero_optimization
 
 M = TypeVar("M", bound=nn.Module)
 WAIT = 600  # seconds for any collective, unless told otherwise
+BROKEN = 30.0  # seconds for other ranks to notice that a connection broke
 ANSWER = 8.0  # seconds for other ranks to say what they do, after a hang
 GRACE = timedelta(seconds=15)  # more, for what has a bound of its own and should speak first
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -83,7 +84,11 @@ class World:
             DistributedDataParallelKwargs(
                 broadcast_buffers=False, find_unused_parameters=False, gradient_as_bucket_view=True
             ),
-            InitProcessGroupKwargs(timeout=of_device, backend="gloo" if use_cpu and self.zero is not None else None),
+            InitProcessGroupKwargs(
+                init_method=_meeting_place(),
+                timeout=of_device,
+                backend="gloo" if use_cpu and self.zero is not None else None,
+            ),
         ]
         plugin = None if self.zero is None else _deepspeed(self.zero, asked, use_cpu)
 
@@ -281,17 +286,18 @@ class World:
         except RuntimeError as error:
             if self.size == 1 or not COMMUNICATION.search(str(error)):
                 raise
-            lost = self._lost()
+            lost = self._lost("timed out" in str(error).lower())
             who = f"lost rank {', '.join(map(str, lost))}" if lost else "a collective failed, though all ranks answer"
             reason = " ".join(str(error).split()).rpartition("] ")[2].split(". ")[0]
             raise UserError(
                 f"{who} of {self.size} while {self.section} ({reason[:160]}); {advice}", LOST_RANK
             ) from error
 
-    def _lost(self) -> list[int]:
-        """Ranks that do not sign in time. Those that live do: their collective failed as well, a timeout later at most.
+    def _lost(self, is_late: bool) -> list[int]:
+        """Ranks that do not sign in time. Those that live do, for their collective fails as well.
 
-        Where the store itself is out of reach, so is the machine of rank 0.
+        That comes soon where a connection broke, a timeout later at most where one rank was too late (`is_late`). Where
+        the store itself is out of reach, so is the machine of rank 0.
         """
         missing = set(range(self.size)) - {self.rank}
         has_answered = threading.Event()
@@ -311,7 +317,8 @@ class World:
         thread = threading.Thread(target=sign, daemon=True)
         thread.start()
         with contextlib.suppress(KeyboardInterrupt):  # the launcher ends all of them when it has lost one
-            thread.join(1.0 if self.in_hurry else self.timeout.total_seconds())
+            wait = self.timeout.total_seconds() if is_late else min(BROKEN, self.timeout.total_seconds())
+            thread.join(1.0 if self.in_hurry else wait)
         return sorted(missing) if has_answered.is_set() or self.rank == 0 else [0]
 
     @contextlib.contextmanager
@@ -354,6 +361,23 @@ class AllReduceSum(torch.autograd.Function):
         total = grads[0].clone()
         dist.all_reduce(total)
         return total
+
+
+def _meeting_place() -> str | None:
+    """Where ranks meet: as torch does it, but for a restart by its launcher, which keeps the store of the life before.
+
+    There the new ranks would read the addresses of the dead.
+    """
+    life = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if life == "0":
+        return None
+
+    def meet(_: str, timeout: timedelta, **__: Any) -> Iterator[tuple[dist.Store, int, int]]:
+        for store, rank, ranks in dist.rendezvous("env://", timeout=timeout):
+            yield dist.PrefixStore(f"life {life}", store), rank, ranks
+
+    dist.register_rendezvous_handler(f"life{life}", meet)
+    return f"life{life}://"
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from sega_dist.data.shards import write_whole
 from sega_dist.pictures import curves, to_tensor
 
 FILE = "stats.jsonl"
@@ -131,7 +132,7 @@ def _drop_after(file: Path, nimg: int) -> None:
     """Forget lines beyond `nimg`: the run goes on from an older checkpoint and will write them again."""
     if file.is_file():
         lines = [line for line in file.read_text(errors="replace").splitlines() if _position(line) <= nimg]
-        file.write_text("".join(line + "\n" for line in lines))
+        write_whole(file, "".join(line + "\n" for line in lines).encode())
 
 
 def _position(line: str) -> float:

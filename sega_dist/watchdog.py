@@ -30,6 +30,7 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         self.file.parent.mkdir(parents=True, exist_ok=True)
         self.stacks = self.file.open("a")
+        self._arm()
         self.thread.start()
         return self
 
@@ -45,13 +46,15 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self.is_over.wait(1.0):
-            limit = self.limit * self.patience
-            # Python's own timer needs no lock: the last resort where a library never gives it back.
-            faulthandler.dump_traceback_later(limit + GRACE, exit=True, file=self.stacks)
-            if self.world.seconds_in_section() > limit:
+            self._arm()
+            if self.world.seconds_in_section() > self.limit * self.patience:
                 self._give_up()
             with contextlib.suppress(OSError):
                 self.each_second()
+
+    def _arm(self) -> None:
+        """Python's own timer needs no lock: the last resort where a library never gives it back."""
+        faulthandler.dump_traceback_later(self.limit * self.patience + GRACE, exit=True, file=self.stacks)
 
     def _give_up(self) -> None:
         last_resort = threading.Timer(GRACE, os._exit, [HANG])

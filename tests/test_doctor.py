@@ -44,6 +44,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 def test_a_healthy_machine_in_under_a_minute(manifest: Manifest, tmp_path: Path, capsys):
     began = time.monotonic()
     doctor.main(["--data", str(manifest.folder), "--out", str(tmp_path / "new/run"), "--json"])

@@ -257,6 +257,7 @@ def test_a_rank_that_never_comes_is_waited_for_and_no_longer(manifest: Manifest,
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_of_three_ranks_the_two_that_live_name_the_one_that_died(manifest: Manifest, tmp_path: Path):
     run, port = tmp_path / "run", free_port()
     words = [*SMALL, "--data", manifest.folder, "--out", run, "--device", "cpu", "--train.images", 120_000,

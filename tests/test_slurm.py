@@ -159,7 +159,7 @@ def test_two_nodes_train_what_one_process_trains_under_an_odd_name(slurm: Cluste
 def test_a_preempted_job_comes_back_and_ends_as_if_left_alone(slurm: Cluster, manifest: Manifest, tmp_path: Path):
     """A job of a higher partition takes all nodes; the lower one saves, waits, goes on."""
     run, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
-    job = submit(slurm, run, "--nodes=4", given=words(manifest, *LONG), nodes=4)
+    job = submit(slurm, run, given=words(manifest, *LONG))
     begun(slurm, job, run)
     asked = time.monotonic()
     script_of_high = tmp_path / "high.sh"
@@ -177,7 +177,7 @@ def test_a_preempted_job_comes_back_and_ends_as_if_left_alone(slurm: Cluster, ma
     end = status(run)
     assert (end["state"], end["restart"]) == ("stopped", 1)
     images = ["--train.images", str(end["nimg"])]
-    again = submit(slurm, undisturbed, given=words(manifest, *images), nodes=4)
+    again = submit(slurm, undisturbed, given=words(manifest, *images))
     slurm.wait(again, {"COMPLETED"}, 240)
     assert same_weights(run, undisturbed, end["nimg"])
     assert _losses(run) == _losses(undisturbed)

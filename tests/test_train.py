@@ -98,7 +98,9 @@ def alone(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "ranks", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=[pytest.mark.slow, pytest.mark.soak])]
+)
 def test_several_processes_compute_what_one_computes(manifest: Manifest, alone: Path, tmp_path: Path, ranks: int):
     """fp64, three steps: relativistic means, batch norm, dropout and order over the global batch."""
     program("train", *PROOF, "--data", manifest.folder, "--out", tmp_path / "run", ranks=ranks)
@@ -143,6 +145,7 @@ def test_a_signal_saves_and_exits(manifest: Manifest, whole: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.distributed
 def test_a_signal_to_the_launcher_saves_on_two_ranks(manifest: Manifest, tmp_path: Path):
     """accelerate's launcher hands SIGTERM on; its own exit code is not ours, but the checkpoint stands."""
