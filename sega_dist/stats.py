@@ -1,6 +1,7 @@
 """What a run reports: sums on the device between ticks, then a progress bar, stats.jsonl and TensorBoard."""
 
 import json
+import math
 import resource
 import sys
 import time
@@ -89,8 +90,9 @@ class Report:
     def curves(self) -> None:
         """RUN/curves.png, from all lines so far."""
         if self.run is not None:
-            lines = (self.run / FILE).read_text().splitlines()
-            curves([json.loads(line) for line in lines], self.run / "curves.png")
+            lines = (self.run / FILE).read_text(errors="replace").splitlines()
+            whole = [json.loads(line) for line in lines if math.isfinite(_position(line))]  # one may be half written
+            curves(whole, self.run / "curves.png")
 
     def say(self, message: str) -> None:
         """A sentence for the person who watches."""
