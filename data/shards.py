@@ -137,7 +137,7 @@ def parse_manifest(text: bytes, folder: Path) -> Manifest:
             raise UserError(f"{path} has format {version}, this version reads {FORMAT}; shard the images again")
         sides = {side: tuple(Shard(**shard) for shard in shards) for side, shards in values.pop("sides").items()}
         manifest = Manifest(folder=folder, recipe=Recipe(**values.pop("recipe")), sides=sides, **values)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); shard the images again") from None
     for shard in manifest.shards:
         words = shard.name, shard.sha256, shard.index_sha256

@@ -100,7 +100,8 @@ def check(out: Path, config: Config, manifest: Manifest, checkpoint: Checkpoint 
             f"{manifest.folder} holds images of side {manifest.size}, data.size is {config.data.size};"
             f" shard with --size {config.data.size}, or train with --data.size {manifest.size}"
         )
-    manifest.side("train")
+    if not manifest.images("train"):
+        raise UserError(f"{manifest.folder} holds no image to train on; shard the images again")
     if config.train.batch_size % ranks:
         raise UserError(
             f"train.batch_size {config.train.batch_size} does not divide by {ranks} processes: it is the number of"

@@ -27,7 +27,7 @@ from safetensors.torch import load, load_file, save_file
 from sega_dist import owner, train
 from sega_dist.checkpoint import Checkpoint, find_checkpoint, newest_checkpoint, save_checkpoint, saved_checkpoints
 from sega_dist.config import Config, DataConfig, GeneratorConfig, digest, to_dict
-from sega_dist.data.shards import Manifest
+from sega_dist.data.shards import Manifest, open_manifest
 from sega_dist.errors import DISK, TAKEN_OVER, UserError, exit_code
 from sega_dist.networks.build import build_generator
 from sega_dist.owner import Owner
@@ -614,6 +614,38 @@ def test_a_run_that_cannot_be_made_is_one_line(tmp_path: Path, manifest: Manifes
 
     end = end_of(begin)
     assert end.is_clear and len(list(tmp_path.iterdir())) == 3, end
+
+
+def places(values: object, way: tuple = ()) -> Iterator[tuple]:
+    """Of every value within nested ones."""
+    if isinstance(values, (dict, list)):
+        for key in values if isinstance(values, dict) else range(len(values)):
+            yield (*way, key)
+            yield from places(values[key], (*way, key))
+
+
+def test_whatever_a_manifest_says_it_opens_or_is_one_line(tmp_path: Path, manifest: Manifest):
+    """Every value of it in turn, and texts that are none."""
+    folder = tmp_path / "shards"
+    shutil.copytree(manifest.folder, folder)
+    right, config, said = json.loads((folder / "manifest.json").read_text()), train.resolve(SMALL)[1], []
+    texts = ["", "[", "[]", "null", "{}", '{"format": 2}', '{"format": 2, "sides": {}}', "[" * 100_000, "\0"]
+    for *way, key in places(right):
+        for lie in (None, True, -1, 10**30, 1.5, "x", "../../x", "/etc/passwd", [], {}, [[]], {"a": 1}, float("nan")):
+            values = json.loads(json.dumps(right))
+            inner = values
+            for step in way:
+                inner = inner[step]
+            inner[key] = lie
+            texts.append(json.dumps(values))
+    for text in texts:
+        (folder / "manifest.json").write_text(text)
+        try:
+            train.check(tmp_path / "run", config, open_manifest(folder), None)
+        except UserError as error:
+            said.append((str(error), error.code))
+    assert len(texts) > 500 and len(said) > 300
+    assert [line for line, code in said if code != 2 or "\n" in line or len(line) > 2_000] == []
 
 
 def test_nothing_in_a_runs_name_is_executed(tmp_path: Path, manifest: Manifest):
