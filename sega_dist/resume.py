@@ -21,6 +21,7 @@ from sega_dist.checkpoint import Checkpoint, DamagedCheckpoint, find_checkpoint,
 from sega_dist.config import Config, to_dict
 from sega_dist.errors import BAD_DATA, INTERNAL, UserError
 from sega_dist.owner import read_status
+from sega_dist.slurm import LAUNCHERS
 from sega_dist.stats import FILE as STATS
 from sega_dist.train import resolve
 
@@ -73,7 +74,7 @@ class Proof:
     steps: int = 6  # of the run that is not stopped
     stop_after: int = 3  # steps of the run that is
     processes: int = 1  # started by accelerate launch where there is more than one, or --launcher
-    launcher: Path | None = None  # an accelerate file, such as launchers/accelerate/zero2.yaml
+    launcher: Path | None = None  # an accelerate file, such as launchers/accelerate/zero2.yaml; none: DDP
     resume_processes: int = 0  # 0: the same as before the stop
     resume_launcher: Path | None = None  # none: the same as before the stop
     keep: Path | None = None  # a new folder to keep the runs in; else they are removed
@@ -125,8 +126,17 @@ def _train(what: str, launcher: Path | None, processes: int, words: list[str]) -
     """A run in processes of its own; ends by itself, since every wait in it has a bound."""
     start = ["-m", "sega_dist.train"]
     if launcher or processes > 1:
-        file = ["--config_file", str(launcher)] if launcher else ["--multi_gpu", "--mixed_precision", "no"]
-        start = ["-m", "accelerate.commands.launch", *file, "--num_processes", str(processes), *start]
+        is_cpu = not torch.cuda.is_available() or words[words.index("--device") + 1] == "cpu"
+        file = launcher or LAUNCHERS / f"accelerate/{'cpu' if is_cpu else 'gpu'}.yaml"
+        start = [
+            "-m",
+            "accelerate.commands.launch",
+            "--config_file",
+            str(file),
+            "--num_processes",
+            str(processes),
+            *start,
+        ]
     print(f"training {what}, {processes} process(es) ...", file=sys.stderr, flush=True)
     done = subprocess.run([sys.executable, *start, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if done.returncode:
