@@ -146,8 +146,8 @@ class Training:
         """Give a checkpoint and a snapshot of this position to the writer, who puts them on the disk meanwhile."""
         self._enter("saving")
         snapshot = self.players.snapshot()
-        weights = {name: on_host(tensor) for name, tensor in snapshot.state_dict().items()}
-        tensors = self.players.full_state(weights)
+        tensors = self.players.full_state(snapshot)
+        weights = tensors.get("ema") or {name: on_host(tensor) for name, tensor in snapshot.state_dict().items()}
         state = Checkpoint(self.nimg, self.skipped, self.config, self.manifest.digest, self.vgg19_digest, tensors,
                            self.versions)  # fmt: skip
         with self.world.together():

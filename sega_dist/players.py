@@ -12,7 +12,7 @@ from torch.profiler import record_function
 from sega_dist.config import Config
 from sega_dist.distributed import World
 from sega_dist.ema import Ema
-from sega_dist.engines import Player, make_player
+from sega_dist.engines import Player, make_player, on_host
 from sega_dist.errors import UserError
 from sega_dist.kernels import backend
 from sega_dist.networks.build import build_discriminator, build_generator
@@ -147,14 +147,12 @@ class Players:
             mine.copy_(its)
         return self.shown
 
-    def full_state(self, shown: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        """All that training changes, by file of a checkpoint; `shown` is the snapshot's state, on the host.
-
-        On the first rank, but all call it together.
-        """
-        return {name: player.full_state() for name, player in self.by_name.items()} | (
-            {"ema": shown} if self.ema else {}
-        )
+    def full_state(self, snapshot: Generator) -> dict[str, dict[str, Tensor]]:
+        """All that training changes, by file of a checkpoint; on the first rank, but all call it together."""
+        state = {name: player.full_state() for name, player in self.by_name.items()}
+        if self.ema:
+            state["ema"] = {name: on_host(tensor) for name, tensor in snapshot.state_dict().items()}
+        return state
 
     def load_full_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """The inverse of `full_state`, whatever the number of ranks or the engine that made it."""

@@ -427,7 +427,7 @@ def test_what_stays_fp32(precision: str):
     for name, dtypes in seen.items():
         is_head = ".head." in name or name.endswith("logit")
         assert dtypes == {torch.float32 if is_head else world.compute_dtype}, name
-    for tensors in both.full_state(both.snapshot().state_dict()).values():
+    for tensors in both.full_state(both.snapshot()).values():
         assert {t.dtype for name, t in tensors.items() if not name.endswith("num_batches_tracked")} <= {
             torch.float32, *([torch.int64, torch.float64] if precision == "fp16" else [])
         }  # fmt: skip
