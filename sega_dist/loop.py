@@ -66,8 +66,8 @@ class Training:
         self.versions = versions(self.world) | of_kernels | {"vgg19_sha256": self.vgg19_digest}
         self.writer, self.owner = Writer(), Owner(out)
         self.stop = StopRequests(out if world.is_main else None)
-        # Before a collective gives up by itself, so that who hangs is said, not only who waits.
-        self.watchdog = Watchdog(world, out / ERRORS, 0.9 * options.timeout, self._each_second)
+        # After a collective gives up by itself: who waits for a lost machine says which, and who hangs where.
+        self.watchdog = Watchdog(world, out / ERRORS, 1.1 * options.timeout, self._each_second)
 
     def __enter__(self) -> "Training":
         with self.world.together():

@@ -120,6 +120,7 @@ def test_mistakes_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_the_gpu_script_trains_goes_on_and_scores(faces: Path, tmp_path: Path):
     words = ["--part", "train", "--rehearse", "--out", str(tmp_path), "--faces", str(faces), "--test", str(faces)]
     for _ in range(2):

@@ -347,7 +347,7 @@ def test_control_c_pressed_again_ends_at_once(begin, tmp_path: Path):
 @slow
 @distributed
 @pytest.mark.parametrize(
-    ("how", "at", "bound"), [("sleep_for_ever", 24, 25), pytest.param("hold_pythons_lock", 0, 60, marks=soak)]
+    ("how", "at", "bound"), [("sleep_for_ever", 24, 40), pytest.param("hold_pythons_lock", 0, 60, marks=soak)]
 )
 def test_a_rank_that_hangs_ends_all_and_says_where(begin, tmp_path: Path, how: str, at: int, bound: float):
     """The first step is given three times as long, and who holds Python's lock some grace."""
@@ -358,6 +358,7 @@ def test_a_rank_that_hangs_ends_all_and_says_where(begin, tmp_path: Path, how: s
     print(f"\n{how}: both ended after {time.monotonic() - began:.0f} s with {waiting} and {hanging}")
     assert time.monotonic() - began < bound and waiting in (HANG, LOST_RANK) and hanging > 0
     assert how in (tmp_path / "run/errors/stack-rank-1.txt").read_text()
+    assert "Traceback" in (tmp_path / "run/errors/rank-0.txt").read_text() or waiting == HANG
     if at:  # who holds the lock can say nothing
         assert hanging == HANG and "(rank 1): no progress for" in said and "computing a step at image 24" in said
 

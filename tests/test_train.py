@@ -332,6 +332,7 @@ OF_KERNELS = [*PROOF, "--generator.channels", "16", "--train.batch-size", "4", "
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_kernels_change_nothing_but_speed(manifest: Manifest, faces: Path, tmp_path: Path):
     """The same losses with and without fused ops; a run may go on with others; its snapshot serves without them."""
     for kernels in ("reference", "hybrid"):
