@@ -384,6 +384,7 @@ def test_activation_checkpointing_under_every_engine(engine: str, after_hostilit
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.deepspeed
+@pytest.mark.soak
 def test_offloaded_optimiser_state_trains(tmp_path: Path):
     """DeepSpeed's own Adam on the host: another order of additions, so the tolerance is wider."""
     alone = play_conformance(0, 1, TINY, 3)

@@ -249,6 +249,7 @@ def test_a_port_in_use_is_one_line_on_every_rank(manifest: Manifest, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_rank_that_never_comes_is_waited_for_and_no_longer(manifest: Manifest, tmp_path: Path):
     words = [*SMALL, "--data", manifest.folder, "--out", tmp_path / "run", "--device", "cpu"]
     [(code, stderr)] = by_hand([words], [launched(0, 2, free_port())])

@@ -85,7 +85,8 @@ def test_bicubic_row_is_pillows(manifest: Manifest, faces: Path, snapshot: Path,
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.soak)])
 def test_any_number_of_processes_scores_every_image_once(
     manifest: Manifest, snapshot: Path, tmp_path: Path, ranks: int
 ):
