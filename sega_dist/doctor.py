@@ -133,7 +133,7 @@ def see(*names: str) -> Verdict:
 
 def enough(have: float, least: float, wanted: float, what: str) -> Verdict:
     state: State = "ok" if have >= wanted else "absent" if have >= least else "failed"
-    return state, f"{have:,.4g} {what}, {wanted:,.4g} wanted"
+    return state, f"{have:,.6g} {what}, {wanted:,.6g} wanted"
 
 
 def see_open_files() -> Verdict:
