@@ -193,7 +193,8 @@ class World:
         """Check the collectives that training uses by a sum that is known; UserError if it comes out otherwise."""
         if self.size == 1:
             return
-        mine = torch.tensor([self.rank + 1.0, 2.0 ** (self.rank % 24)], device=self.device)
+        # fp64: a sum over hundreds of ranks must be exact
+        mine = torch.tensor([self.rank + 1.0, 2.0 ** (self.rank % 24)], device=self.device, dtype=torch.float64)
         expected = [sum(rank + 1.0 for rank in range(self.size)), sum(2.0 ** (rank % 24) for rank in range(self.size))]
         on_device, on_host = self.sum_of(mine).tolist(), [float(self.total(self.rank + 1))]
         with self.together():

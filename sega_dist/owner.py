@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import psutil  # accelerate brings it
 
+from sega_dist.data.shards import write_whole
 from sega_dist.errors import TAKEN_OVER, UserError
 
 FILE = "status.json"
@@ -41,7 +42,7 @@ class Owner:
     def take(self) -> None:
         """Become the writer; UserError while another one lives. A minute is the longest that it takes to tell."""
         end = time.monotonic() + SILENCE + SIGN
-        while (other := self._other()) and self._lives(other):
+        while (other := read_status(self.run)) and self._lives(other):
             is_here = other.get("host") == self.me["host"]
             job = f", job {other['job']!s:.40}" if other.get("job") else ""
             who = f"process {other.get('pid')} on {other.get('host')}{job}"
@@ -57,7 +58,7 @@ class Owner:
 
     def check(self) -> None:
         """UserError if another process has taken over: asked before anything is committed."""
-        other = self._other()
+        other = read_status(self.run)
         self.has_lost = other is not None and other.get("token") != self.me["token"]
         if self.has_lost and other:
             raise UserError(
@@ -84,16 +85,8 @@ class Owner:
     def write(self, state: State, **more: Any) -> None:
         """The file, whole at any moment."""
         self.run.mkdir(parents=True, exist_ok=True)
-        partial = self.run / f".{FILE}.{self.me['token']}"
-        try:
-            partial.write_text(json.dumps({"state": state, "time": time.time(), **self.me, **more}, indent=1) + "\n")
-            partial.replace(self.file)
-        finally:
-            partial.unlink(missing_ok=True)
-
-    def _other(self) -> dict[str, Any] | None:
-        """What the file says; None where there is none, or nothing that makes sense."""
-        return read_status(self.run)
+        values = {"state": state, "time": time.time(), **self.me, **more}
+        write_whole(self.file, (json.dumps(values, indent=1) + "\n").encode())
 
     def _lives(self, other: dict[str, Any]) -> bool:
         if other.get("state") != "running":

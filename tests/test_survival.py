@@ -496,3 +496,21 @@ def test_looking_on_costs_less_than_a_hundredth(manifest: Manifest, tmp_path: Pa
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2:])
+
+
+@pytest.mark.parametrize("ranks", [2, 24, 200, 1024])
+def test_the_known_sum_is_exact_for_any_number_of_ranks(ranks: int, monkeypatch: pytest.MonkeyPatch):
+    """As a backend adds, one rank after the other, in the dtype that it is given."""
+    world = World("fp32", "cpu")
+
+    def add(_: World, mine: torch.Tensor) -> torch.Tensor:
+        first = torch.tensor([0.0, 0.0], dtype=mine.dtype)
+        for rank in range(ranks):
+            first = first + torch.tensor([rank + 1.0, 2.0 ** (rank % 24)], dtype=mine.dtype)
+        return first
+
+    monkeypatch.setattr(World, "sum_of", add)
+    monkeypatch.setattr(World, "total", lambda *_: ranks * (ranks + 1) // 2)
+    monkeypatch.setattr(World, "most", lambda _, number: number)
+    world.size = ranks
+    world.prove()
