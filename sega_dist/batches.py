@@ -13,7 +13,7 @@ from sega_dist.data.images import RankPositions, Sample, ShardReader, TrainingIm
 from sega_dist.data.pairs import make_pair, patches
 from sega_dist.data.shards import Manifest
 from sega_dist.distributed import World
-from sega_dist.networks.discriminator import NOISE
+from sega_dist.networks.build import noise_size
 from sega_dist.objectives import Batch, Noise
 
 STREAMS = (positions.D_REAL, positions.D_FAKE, positions.G_REAL, positions.G_FAKE)
@@ -67,7 +67,8 @@ def make_batch(images: Tensor, first: int, config: Config, world: World) -> Batc
         images = patches(images, config.data.patch, positions.uniform(seed, positions.PATCH, first, count, 2))
     flips = positions.uniform(seed, positions.FLIP, first, count, 1)[:, 0] < config.data.hflip
     lr, hr = make_pair(images.to(device, non_blocking=True), flips, config.scale, world.dtype)
-    noise = torch.stack([torch.from_numpy(positions.uniform(seed, s, first, count, NOISE)) for s in STREAMS])
+    width = noise_size(config)
+    noise = torch.stack([torch.from_numpy(positions.uniform(seed, s, first, count, width)) for s in STREAMS])
     noise = noise.to(world.dtype)
     if device.type == "cuda":
         noise = noise.pin_memory()

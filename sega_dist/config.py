@@ -13,6 +13,8 @@ from sega_dist.errors import UserError, closest
 Scale = Literal[4, 8, 16]
 Kernels = Literal["auto", "triton", "hybrid", "reference"]
 Compile = Literal["off", "default", "max"]
+GeneratorKind = Literal["sega", "srcnn", "vdsr", "srresnet", "esrgan", "urdgn", "fsrnet"]
+ContentLayer = Literal["conv3_3", "conv5_4", "relu5_4"]
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    channels: int = 64  # channels of the trunk
+    kind: GeneratorKind = "sega"  # which network; channels is of all, the keys after blocks are of sega
+    channels: int = 64  # channels of the trunk (urdgn: of its first convolution)
+    blocks: int = 16  # residual blocks of srresnet and esrgan, convolutions of vdsr
     nested_blocks: int = 4  # dense nested blocks, three RIDBs each
     alpha: float = 0.2  # residual scale of a dense nested block
     beta: float = 0.2  # residual scale of a RIDB
@@ -49,28 +53,38 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
+    kind: Literal["sega", "srgan", "esrgan", "urdgn"] = "sega"  # which network; sega's alone reads semantics
     width: int = 64  # channels of the first convolution
     slope: float = 0.2  # negative slope of LeakyReLU
-    dropout: float = 0.5  # in the fully connected module
-    last_bias: Literal["auto", "yes", "no"] = "auto"  # auto: absent with rals, whose gradient to it is exactly zero
+    dropout: float = 0.5  # in the fully connected layers
+    last_bias: Literal["auto", "yes", "no"] = "auto"  # auto: with bce alone; else its gradient is exactly zero
     fake_semantics: Literal["lr", "sr"] = "lr"  # the fake tuple's embedding is that of the LR input (paper) or of SR
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    adv: Literal["rals", "bce"] = "rals"  # relativistic average least squares, or binary cross-entropy
-    w_content: float = 1.0  # weight of the VGG19 conv3_3 distance
+    adv: Literal["rals", "bce", "ragan"] = "rals"  # relativistic least squares, cross-entropy, relativistic c.-e.
+    w_content: float = 1.0  # weight of the distance of VGG19's features
+    content: ContentLayer = "conv3_3"  # which features: conv before its ReLU, relu after it
+    content_norm: Literal["mse", "l1"] = "mse"  # mean square or mean absolute value of their difference
     w_adv: float = 1e-3  # weight of the adversarial loss; 0 = no discriminator
-    w_pixel: float = 0.0  # weight of the mean absolute pixel difference
+    w_pixel: float = 0.0  # weight of the pixel difference, of images in [-1,1]
+    pixel: Literal["l1", "mse", "sse"] = "l1"  # mean absolute value, mean square, or each image's sum of squares
+    warmup: Literal["all", "pixel"] = "all"  # before D plays: all but its loss, or the pixel difference with weight 1
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     images: int = 240_000  # length of the run in images seen by all ranks together
     batch_size: int = 8  # images a step over all ranks
-    learning_rate: float = 1e-4  # Adam, both players
-    betas: tuple[float, float] = (0.9, 0.999)  # Adam
-    content_warmup_kimg: float = 0.0  # thousands of images at the start without a discriminator
+    optimizer: Literal["adam", "sgd", "rmsprop"] = "adam"  # of both players
+    learning_rate: float = 1e-4  # of both players
+    betas: tuple[float, float] = (0.9, 0.999)  # Adam's; sgd's momentum is the first, rmsprop's average the second
+    weight_decay: float = 0.0  # times the weight, added to its gradient
+    clip: float = 0.0  # largest norm of a player's gradient, scaled down to it; 0 = never
+    milestones: tuple[float, ...] = ()  # shares of `images` after which the learning rate falls
+    decay: float = 0.5  # by this factor
+    content_warmup_kimg: float = 0.0  # thousands of images at the start without a discriminator; see loss.warmup
     ema_kimg: float = 0.0  # half-life of the weight average in thousands of images; 0 = the raw weights
     precision: Literal["fp32", "tf32", "bf16", "fp16", "fp64"] = "fp32"  # bf16, fp16: autocast; fp64: for proofs
     activation_checkpointing: bool = False  # compute activations again in backward: less memory, same result
@@ -119,11 +133,17 @@ FREE_ON_RESUME = {
 }  # fmt: skip
 
 
+def learning_rate(train: TrainConfig, nimg: int) -> float:
+    """Of the step that starts at image `nimg`."""
+    return train.learning_rate * train.decay ** sum(nimg >= share * train.images for share in train.milestones)
+
+
 def validate(config: Config) -> Config:
     """The same configuration, or a UserError that names the key, its value and what is legal."""
     size, patch, scale, train = config.data.size, config.data.patch, config.scale, config.train
     is_trained = config.encoder.kind == "trainable"
     has_semantics = config.has_discriminator and config.encoder.kind != "none"
+    kind, judge = config.generator.kind, config.discriminator.kind
     rules = [
         (size >= 32 and size % 32 == 0, "data.size", size, "a multiple of 32, at least 32"),
         (
@@ -155,6 +175,21 @@ def validate(config: Config) -> Config:
             config.generator.nested_blocks,
             f"from 1 to {MOST}",
         ),
+        (1 <= config.generator.blocks <= MOST, "generator.blocks", config.generator.blocks, f"from 1 to {MOST}"),
+        (kind != "vdsr" or config.generator.blocks > 1, "generator.blocks", config.generator.blocks, "2 or more"),
+        (kind != "urdgn" or scale < 16, "scale", scale, "4 or 8 for generator.kind urdgn, which doubles three times"),
+        (
+            not has_semantics or judge == "sega",
+            "encoder.kind",
+            config.encoder.kind,
+            f"none for discriminator.kind {judge}, which judges the image alone",
+        ),
+        (
+            not config.has_discriminator or judge != "esrgan" or config.hr_size % 64 == 0,
+            "data.patch or data.size",
+            config.hr_size,
+            "a multiple of 64 for discriminator.kind esrgan",
+        ),
         (config.encoder.width >= 1, "encoder.width", config.encoder.width, "1 or more"),
         (config.discriminator.width >= 2, "discriminator.width", config.discriminator.width, "2 or more"),
         (0 <= config.discriminator.dropout < 1, "discriminator.dropout", config.discriminator.dropout, "in [0, 1)"),
@@ -163,17 +198,26 @@ def validate(config: Config) -> Config:
         (train.learning_rate > 0, "train.learning_rate", train.learning_rate, "above 0"),
         (all(0 <= beta < 1 for beta in train.betas), "train.betas", train.betas, "two numbers in [0, 1)"),
         (train.keep >= 1, "train.keep", train.keep, "1 or more"),
+        (
+            list(train.milestones) == sorted(set(train.milestones)) and all(0 < m < 1 for m in train.milestones),
+            "train.milestones",
+            train.milestones,
+            "shares between 0 and 1, each above the one before",
+        ),
+        (0 < train.decay <= 1, "train.decay", train.decay, "above 0, at most 1"),
         (0 <= train.seed < 2**63, "train.seed", train.seed, "0 or more, and fit 63 bits"),
     ]
     rules += [(getattr(train, name) > 0, f"train.{name}", getattr(train, name), "above 0")
               for name in ("tick_kimg", "grid_kimg", "checkpoint_kimg")]  # fmt: skip
     rules += [(getattr(train, name) >= 0, f"train.{name}", getattr(train, name), "0 or more")
-              for name in ("content_warmup_kimg", "ema_kimg")]  # fmt: skip
+              for name in ("content_warmup_kimg", "ema_kimg", "weight_decay", "clip")]  # fmt: skip
     rules += [(getattr(config.loss, name) >= 0, f"loss.{name}", getattr(config.loss, name), "0 or more")
               for name in ("w_content", "w_adv", "w_pixel")]  # fmt: skip
     for is_legal, key, value, legal in rules:
         if not is_legal:
             raise UserError(f"{key} is {value}; it must be {legal}")
+    if train.content_warmup_kimg and config.loss.warmup == "pixel" and not config.has_discriminator:
+        raise UserError("loss.warmup is pixel, but no discriminator plays afterwards: loss.w_adv must be above 0")
     if config.loss.w_content == config.loss.w_pixel == 0 and (train.content_warmup_kimg or not config.loss.w_adv):
         raise UserError("loss.w_content or loss.w_pixel must be above 0 wherever no discriminator trains the generator")
     return config
@@ -218,8 +262,9 @@ def digest(values: dict[str, Any]) -> str:
 def differences(old: Config, new: Config) -> list[str]:
     """`key: old -> new` for every key that differs and may not change on resume."""
     before, after = flat(to_dict(old)), flat(to_dict(new))
+    free = FREE_ON_RESUME - ({"train.images"} if old.train.milestones else set())  # shares of it decide the past too
     return [f"{key}: {before[key]} -> {after[key]}" for key in before
-            if key not in FREE_ON_RESUME and before[key] != after[key]]  # fmt: skip
+            if key not in free and before[key] != after[key]]  # fmt: skip
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -252,9 +297,10 @@ def _value(kind: Any, value: Any, key: str, where: str) -> Any:
             raise UserError(f"{key} in {where} is {value!r:.80}; it must be one of {legal}")
         return value
     if typing.get_origin(kind) is tuple:
+        is_any_length = typing.get_args(kind)[1] is ...
         if (
             isinstance(value, (list, tuple))
-            and len(value) == 2
+            and (is_any_length or len(value) == 2)
             and all(isinstance(v, (int, float)) and abs(v) < LARGEST for v in value)
         ):
             return tuple(map(float, value))
@@ -263,4 +309,5 @@ def _value(kind: Any, value: Any, key: str, where: str) -> Any:
     elif isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    names[tuple[float, ...]] = "a list of numbers"
     raise UserError(f"{key} in {where} is {value!r:.80}; it must be {names.get(kind, 'two numbers')}")

@@ -17,9 +17,9 @@ from sega_dist import config as configuration
 from sega_dist.arguments import parse
 from sega_dist.config import Config
 from sega_dist.errors import run
-from sega_dist.networks.build import build_discriminator, build_generator
-from sega_dist.networks.discriminator import NOISE, EncodingDiscriminator
-from sega_dist.networks.vgg19 import CONV3_3, Vgg19
+from sega_dist.networks.build import build_discriminator, build_generator, noise_size
+from sega_dist.networks.discriminator import EncodingDiscriminator
+from sega_dist.networks.vgg19 import CONVOLUTIONS, Vgg19
 from sega_dist.presets import preset
 
 
@@ -63,8 +63,8 @@ def describe(config: Config) -> dict[str, dict[str, Any]]:
 
 def _describe(config: Config) -> dict[str, dict[str, Any]]:
     hr, lr = torch.empty(2, 3, config.hr_size, config.hr_size), torch.empty(2, 3, config.lr_size, config.lr_size)
-    noise = torch.empty(2, NOISE)
-    generator, photograph = build_generator(config), config.data.size // config.scale
+    noise = torch.empty(2, noise_size(config))
+    generator, photograph = build_generator(config).eval(), config.data.size // config.scale
     networks = {"generator": _row(generator, "LR", torch.empty(1, 3, photograph, photograph), generator)}
     if config.has_discriminator:
         discriminator, embedding = build_discriminator(config), None
@@ -80,8 +80,8 @@ def _describe(config: Config) -> dict[str, dict[str, Any]]:
             discriminator = discriminator.discriminator
         networks["discriminator"] = _row(discriminator, "image", hr, lambda hr: discriminator(hr, embedding, noise))
     if config.loss.w_content:
-        features = Vgg19(CONV3_3)
-        networks["features"] = _row(features, "image", hr, features.conv3_3)
+        features = Vgg19(CONVOLUTIONS[config.loss.content], config.loss.content)
+        networks["features"] = _row(features, "image", hr, features.content)
     return networks
 
 

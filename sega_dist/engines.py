@@ -12,10 +12,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sega_dist.batchnorm import with_global_batch_norm
+from sega_dist.config import TrainConfig
 from sega_dist.distributed import World
+from sega_dist.errors import UserError
 
 PARAMETERS, FIRST, SECOND, STEP = "parameter.", "exp_avg.", "exp_avg_sq.", "step."  # prefixes in a player's state
-MOMENTS = ((FIRST, "exp_avg"), (SECOND, "exp_avg_sq"))
+MOMENTS = ((FIRST, "exp_avg"), (SECOND, "exp_avg_sq"))  # of Adam
+SQUARES = ("exp_avg_sq", "square_avg")  # of Adam and RMSprop
+KEPT = ("exp_avg", *SQUARES, "momentum_buffer", "step")  # what an optimiser remembers of a parameter
 SCALE, GROWTH = "scaler.scale", "scaler.growth"  # fp16's loss scale, and steps since it last changed
 
 
@@ -24,16 +28,26 @@ def on_host(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
+def make_optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    parameters, (first, second) = list(module.parameters()), config.betas
+    shared: dict[str, Any] = {"lr": config.learning_rate, "weight_decay": config.weight_decay}
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(parameters, **shared, momentum=first, fused=True)
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(parameters, **shared, alpha=second)
+    return torch.optim.Adam(parameters, **shared, betas=config.betas, fused=True)
+
+
 class Player:
-    """One side of the game: a module, its Adam optimiser and the engine of both; here one process, or DDP.
+    """One side of the game: a module, its optimiser and the engine of both; here one process, or DDP.
 
     `forward` is the engine's, for the phase that trains this player; `raw` the module itself.
     """
 
-    def __init__(self, world: World, module: nn.Module, learning_rate: float, betas: tuple[float, float]):
-        self.world = world
+    def __init__(self, world: World, module: nn.Module, config: TrainConfig):
+        self.world, self.config = world, config
         self.raw = with_global_batch_norm(world.place(module), world.size, world.device.type == "cuda")
-        self.optimizer = torch.optim.Adam(self.raw.parameters(), learning_rate, betas, fused=True)
+        self.optimizer = make_optimizer(self.raw, config)
         self.scaler = torch.amp.GradScaler(world.device.type) if world.precision == "fp16" else None
         self.forward = self._engine()
 
@@ -62,11 +76,25 @@ class Player:
         self.optimizer.zero_grad(set_to_none=True)
         if self.scaler is None:
             loss.backward()
+            self._clip()
             self.optimizer.step()
         else:
             self.scaler.scale(loss).backward()
+            if self.config.clip:
+                self.scaler.unscale_(self.optimizer)
+                self._clip()
             self.scaler.step(self.optimizer)
             self.scaler.update()
+
+    def _clip(self) -> None:
+        if self.config.clip:
+            nn.utils.clip_grad_norm_(self.raw.parameters(), self.config.clip)
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimiser's groups of parameters, whose learning rate may be set."""
+        groups: list[dict[str, Any]] = self.optimizer.param_groups
+        return groups
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[nn.Module]:
@@ -104,7 +132,7 @@ class Player:
         return self.parts()
 
     def _second_moments(self) -> list[Tensor]:
-        return [adam[MOMENTS[1][1]] for adam in self.optimizer.state.values() if adam]
+        return [state[key] for state in self.optimizer.state.values() for key in SQUARES if state.get(key) is not None]
 
     def full_state(self) -> dict[str, Tensor]:
         """Parameters, buffers, Adam moments and loss scale by name, on the host, whatever the engine.
@@ -135,19 +163,21 @@ class Player:
             return {}
         state = {PARAMETERS + name: tensor for name, tensor in self.raw.state_dict().items()}
         for name, parameter in self.raw.named_parameters():
-            adam = self.optimizer.state.get(parameter)
-            if adam:
-                state |= {prefix + name: adam[key] for prefix, key in (*MOMENTS, (STEP, "step"))}
+            held = self.optimizer.state.get(parameter) or {}
+            state |= {f"{key}.{name}": held[key] for key in KEPT if held.get(key) is not None}
         return state
 
     def _scatter(self, state: dict[str, Tensor]) -> None:
         prefixed = {name: tensor for name, tensor in state.items() if name.startswith(PARAMETERS)}
         self.raw.load_state_dict({name.removeprefix(PARAMETERS): tensor for name, tensor in prefixed.items()})
         for name, parameter in self.raw.named_parameters():
-            if FIRST + name not in state:
+            held = {key: state[f"{key}.{name}"] for key in KEPT if f"{key}.{name}" in state}
+            if not held:
                 continue  # never updated: a run stopped within its warm-up
-            moments = {key: torch.empty_like(parameter).copy_(state[prefix + name]) for prefix, key in MOMENTS}
-            self.optimizer.state[parameter] = moments | {"step": state[STEP + name].to(parameter.device, copy=True)}
+            self.optimizer.state[parameter] = {
+                key: value.to(parameter.device, copy=True) if key == "step"
+                else torch.empty_like(parameter).copy_(value) for key, value in held.items()
+            }  # fmt: skip
 
 
 class ZeroPlayer(Player):
@@ -184,6 +214,11 @@ class ZeroPlayer(Player):
         elif growth == self.scaler.get_growth_interval():
             scale, growth = scale * self.scaler.get_growth_factor(), 0
         self.scaler.load_state_dict(self.scaler.state_dict() | {"scale": scale, "_growth_tracker": growth})
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        groups: list[dict[str, Any]] = self.zero.param_groups
+        return groups
 
     def parts(self) -> list[Tensor]:
         return [getattr(parameter, "ds_tensor", parameter) for parameter in self.raw.parameters()]
@@ -305,6 +340,8 @@ class _Autocasting(nn.Module):
             return self.module(*inputs)
 
 
-def make_player(world: World, module: nn.Module, learning_rate: float, betas: tuple[float, float]) -> Player:
+def make_player(world: World, module: nn.Module, config: TrainConfig) -> Player:
     """The player for the engine that the launcher chose."""
-    return (Player if world.zero is None else ZeroPlayer)(world, module, learning_rate, betas)
+    if world.zero is not None and (config.optimizer != "adam" or config.clip):
+        raise UserError("DeepSpeed's engine works with train.optimizer adam and train.clip 0 only; use DDP")
+    return (Player if world.zero is None else ZeroPlayer)(world, module, config)

@@ -1,8 +1,10 @@
-"""Losses as pure functions: relativistic average least squares, binary cross-entropy, content, pixel.
+"""Losses as pure functions: relativistic average least squares, cross-entropies, content, pixel.
 
 Logits are (N,1). The relativistic losses take the means of both sides as arguments, because these are statistics of the
 global batch: whoever knows the ranks computes them, with gradient.
 """
+
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,11 +33,22 @@ def bce_g(fake: Tensor) -> Tensor:
     return F.softplus(-fake).mean()
 
 
-def content(phi_hr: Tensor, phi_sr: Tensor) -> Tensor:
-    """Mean squared distance of conv3_3 features over N, C, H and W (paper section 3.4, L_content)."""
-    return (phi_hr - phi_sr).square().mean()
+def ragan_d(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor) -> Tensor:
+    """ESRGAN's relativistic average cross-entropy of D (arXiv 1809.00219 section 3.2), the mean of its two halves."""
+    return (F.softplus(mean_fake - real).mean() + F.softplus(fake - mean_real).mean()) / 2
 
 
-def pixel(hr: Tensor, sr: Tensor) -> Tensor:
-    """Mean absolute difference over N, C, H and W."""
-    return (hr - sr).abs().mean()
+def ragan_g(real: Tensor, fake: Tensor, mean_real: Tensor, mean_fake: Tensor) -> Tensor:
+    """ESRGAN's of G: the roles exchanged."""
+    return ragan_d(fake, real, mean_fake, mean_real)
+
+
+def difference(a: Tensor, b: Tensor, norm: Literal["l1", "mse", "sse"]) -> Tensor:
+    """Of features or images (N,C,H,W): mean absolute value, mean square, or sum of squares of one of the N.
+
+    "mse" of conv3_3 features is L_content of paper section 3.4.
+    """
+    if norm == "l1":
+        return (a - b).abs().mean()
+    square = (a - b).square()
+    return square.mean() if norm == "mse" else square.sum() / len(square)

@@ -41,16 +41,30 @@ class Targets(NamedTuple):
 
     real: Tensor | None  # what D reads beside HR: an embedding, or the image its own encoder will embed
     fake: Tensor | None  # what D reads beside SR
-    phi_hr: Tensor | None  # conv3_3 features of HR
+    phi_hr: Tensor | None  # VGG19's features of HR
+
+
+class Output(NamedTuple):
+    """What a generator made of a batch."""
+
+    sr: Tensor  # (N,3,H,W) in [-1,1]
+    coarse: Tensor | None = None  # its first guess, where it is trained on one: the same
 
 
 @dataclass
-class SegaObjective:
-    """SEGA-FURN and its ablations: adversarial loss on (image, semantics), content loss on VGG19, pixel loss."""
+class Objective:
+    """Super-resolution: adversarial loss on (image, semantics), content loss on VGG19, pixel loss, each weighted."""
 
     config: Config
     vgg19: Vgg19 | None
     global_means: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of two sides, over all ranks, with gradient
+
+    def weights(self, is_warmup: bool) -> dict[str, float]:
+        """Of each term of the G phase."""
+        loss = self.config.loss
+        if is_warmup and loss.warmup == "pixel" and self.config.has_discriminator:
+            return {"content": 0.0, "pixel": 1.0, "adv": 0.0}
+        return {"content": loss.w_content, "pixel": loss.w_pixel, "adv": 0.0 if is_warmup else loss.w_adv}
 
     @torch.no_grad()
     def targets(self, batch: Batch, is_warmup: bool) -> Targets:
@@ -61,11 +75,13 @@ class SegaObjective:
         elif not is_warmup and kind == "vgg19_pool8":
             assert self.vgg19 is not None
             real, phi_hr = self.vgg19(batch.hr, True)
+            if self.config.loss.content != "conv3_3":  # further on the two pool differently
+                phi_hr = None
             if self.config.discriminator.fake_semantics == "lr":
                 fake, _ = self.vgg19(batch.lr, True)
-        if self.config.loss.w_content and phi_hr is None:
+        if self.weights(is_warmup)["content"] and phi_hr is None:
             assert self.vgg19 is not None
-            phi_hr = self.vgg19.conv3_3(batch.hr)
+            phi_hr = self.vgg19.content(batch.hr)
         return Targets(real, fake, phi_hr)
 
     def d_loss(self, discriminator: Network, batch: Batch, targets: Targets, sr: Tensor) -> tuple[Tensor, Statistics]:
@@ -74,23 +90,35 @@ class SegaObjective:
         fake = _full(discriminator(sr, self._fake(targets, sr), batch.noise.d_fake))
         if self.config.loss.adv == "rals":
             loss = losses.rals_d(real, fake, *self.global_means(real, fake), self.config.kernels)
+        elif self.config.loss.adv == "ragan":
+            loss = losses.ragan_d(real, fake, *self.global_means(real, fake))
         else:
             loss = losses.bce_d(real, fake)
         return loss, {"loss_d": loss.detach(), "d_real": real.detach().mean(), "d_fake": fake.detach().mean()}
 
     def g_loss(
-        self, discriminator: Network | None, batch: Batch, targets: Targets, sr: Tensor
+        self, discriminator: Network | None, batch: Batch, targets: Targets, output: Output
     ) -> tuple[Tensor, Statistics]:
-        """The G phase; `discriminator` is frozen, or None during the content-only warm-up."""
-        weights, terms = self.config.loss, {}
-        if weights.w_content:
-            terms["content"] = self.content(targets, sr)
-        if weights.w_pixel:
-            terms["pixel"] = losses.pixel(batch.hr, sr)
+        """The G phase; `discriminator` is frozen, or None without one and in the warm-up."""
+        weights = self.weights(discriminator is None)
+        terms = self._fixed_terms(weights, batch, targets, output)
         if discriminator is not None:
-            terms["adv"] = self.adversarial(discriminator, batch, targets, sr)
-        total = sum((getattr(weights, f"w_{name}") * term for name, term in terms.items()), start=sr.new_zeros(()))
+            terms["adv"] = self.adversarial(discriminator, batch, targets, output.sr)
+        total = sum((weights[name] * term for name, term in terms.items()), start=batch.hr.new_zeros(()))
         return total, {"loss_g": total.detach()} | {f"loss_{name}": term.detach() for name, term in terms.items()}
+
+    def _fixed_terms(
+        self, weights: dict[str, float], batch: Batch, targets: Targets, output: Output
+    ) -> dict[str, Tensor]:
+        """Those that no player changes."""
+        terms, norm = {}, self.config.loss.pixel
+        if weights["content"]:
+            terms["content"] = self.content(targets, output.sr)
+        if weights["pixel"]:
+            terms["pixel"] = losses.difference(batch.hr, output.sr, norm)
+            if output.coarse is not None:
+                terms["pixel"] = terms["pixel"] + losses.difference(batch.hr, output.coarse, norm)
+        return terms
 
     @torch.no_grad()
     def diagnose(self, discriminator: Network, batch: Batch, targets: Targets, sr: Tensor) -> Statistics:
@@ -108,15 +136,27 @@ class SegaObjective:
             real = _full(discriminator(beside_real, targets.real, batch.noise.d_real))
             fake = _full(discriminator(beside_fake, fake_semantics, batch.noise.d_fake))
             of_real, of_fake = real.new_zeros(()), real.new_zeros(())  # what a score is compared with
-            if self.config.loss.adv == "rals":
+            if self.config.loss.adv != "bce":
                 of_fake, of_real = self.global_means(real, fake)
             statistics[name] = torch.cat([real > of_real, fake < of_fake]).to(real.dtype).mean()
         return statistics
 
+    def gradient_ratio(self, discriminator: Network, batch: Batch, targets: Targets, sr: Tensor) -> Statistics:
+        """Norm of what the adversarial loss asks of SR, over that of the other losses, both weighted; all ranks'."""
+        sr, weights = sr.detach().requires_grad_(), self.weights(is_warmup=False)
+        terms = self._fixed_terms(weights, batch, targets, Output(sr))
+        if not terms:
+            return {}
+        others = sum((weights[name] * term for name, term in terms.items()), start=batch.hr.new_zeros(()))
+        adversarial = weights["adv"] * self.adversarial(discriminator, batch, targets, sr)
+        squares = [_full(torch.autograd.grad(loss, sr)[0]).square().sum() for loss in (adversarial, others)]
+        of_adversarial, of_others = self.global_means(squares[0].view(1, 1), squares[1].view(1, 1))
+        return {"adv_gradient_ratio": (of_adversarial / of_others).sqrt().detach()}
+
     def content(self, targets: Targets, sr: Tensor) -> Tensor:
         """Distance of VGG19's features."""
         assert self.vgg19 is not None and targets.phi_hr is not None
-        return losses.content(_full(targets.phi_hr), _full(self.vgg19.conv3_3(sr)))
+        return losses.difference(_full(targets.phi_hr), _full(self.vgg19.content(sr)), self.config.loss.content_norm)
 
     def adversarial(self, discriminator: Network, batch: Batch, targets: Targets, sr: Tensor) -> Tensor:
         """The generator's, against a discriminator that is frozen; the real side carries no gradient."""
@@ -125,7 +165,10 @@ class SegaObjective:
             return losses.bce_g(fake)
         with torch.no_grad():
             real = _full(discriminator(batch.hr, targets.real, batch.noise.g_real))
-        return losses.rals_g(real, fake, *self.global_means(real, fake), self.config.kernels)
+        means = self.global_means(real, fake)
+        if self.config.loss.adv == "ragan":
+            return losses.ragan_g(real, fake, *means)
+        return losses.rals_g(real, fake, *means, self.config.kernels)
 
     def _fake(self, targets: Targets, sr: Tensor) -> Tensor | None:
         """The fake tuple's semantics: those of LR (paper), or of SR with gradient into the generator."""

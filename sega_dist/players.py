@@ -6,19 +6,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import record_function
 
-from sega_dist.config import Config
+from sega_dist.config import Config, learning_rate
 from sega_dist.distributed import World
 from sega_dist.ema import Ema
 from sega_dist.engines import Player, make_player, on_host
 from sega_dist.errors import UserError
 from sega_dist.kernels import backend
 from sega_dist.networks.build import build_discriminator, build_generator
-from sega_dist.networks.generator import Generator
 from sega_dist.networks.vgg19 import Vgg19
-from sega_dist.objectives import Batch, SegaObjective, Statistics, Targets
+from sega_dist.objectives import Batch, Objective, Output, Statistics, Targets
 from sega_dist.recording import CudaGraphs, Recorder
 
 # torch.compile's modes; the graphs of a step are recorded here, around what it compiles.
@@ -34,17 +33,17 @@ class Players:
     def __init__(self, world: World, config: Config, features: Vgg19 | None):
         if config.compile != "off" and world.zero is not None:
             raise UserError(f"compile is {config.compile}: DeepSpeed's engine works with compile off only; or use DDP")
-        self.world, self.config, train = world, config, config.train
+        self.world, self.config = world, config
         generator = build_generator(config)
         self.shown = copy.deepcopy(world.place(generator)).eval().requires_grad_(False)
-        self.generator = make_player(world, generator, train.learning_rate, train.betas)
+        self.generator = make_player(world, generator, config.train)
         self.discriminator = None
         if config.has_discriminator:
-            self.discriminator = make_player(world, build_discriminator(config), train.learning_rate, train.betas)
+            self.discriminator = make_player(world, build_discriminator(config), config.train)
         if features is not None:
             world.place(features).round_to(world.compute_dtype)
-        self.objective = SegaObjective(config, features, world.global_means)
-        self.ema = Ema(self.generator.parts, train.ema_kimg * 1000) if train.ema_kimg else None
+        self.objective = Objective(config, features, world.global_means)
+        self.ema = Ema(self.generator.parts, config.train.ema_kimg * 1000) if config.train.ema_kimg else None
         self.memory: dict[str, float] = {}  # GB at the most in each piece of a step, on a GPU
         self.recorder = Recorder(None)
         if self._can_be_recorded:
@@ -60,7 +59,8 @@ class Players:
         warnings.filterwarnings("ignore", message=".*capturable=True")  # of the steps before the recording
         for player in self.by_name.values():
             for group in player.optimizer.param_groups:
-                group["capturable"] = True
+                if "capturable" in group:
+                    group["capturable"] = True
 
     @property
     def _can_be_recorded(self) -> bool:
@@ -73,16 +73,19 @@ class Players:
 
         The statistics may lie where the next step will leave its own.
         """
+        self._set_learning_rate(learning_rate(self.config.train, nimg))
         batch = self.recorder.hold(batch)
         if self.discriminator is None or nimg < self.config.train.content_warmup_kimg * 1000:
             statistics = self._piece(self.content_step, batch)
         else:
-            sr, targets, statistics = self._piece(self.d_phase, batch)
+            output, targets, statistics = self._piece(self.d_phase, batch)
             diagnosis: Statistics = {}
             if is_tick:
                 with self.world.autocast(), self.discriminator.frozen() as frozen:
-                    diagnosis = self.objective.diagnose(frozen, batch, targets, sr.detach())
-            statistics = statistics | diagnosis | self._piece(self.g_phase, batch, targets, sr)
+                    sr = output.sr.detach()
+                    diagnosis = self.objective.diagnose(frozen, batch, targets, sr)
+                    diagnosis |= self.objective.gradient_ratio(frozen, batch, targets, sr)
+            statistics = statistics | diagnosis | self._piece(self.g_phase, batch, targets, output)
         if self.ema:
             batch_size = self.config.train.batch_size
             self.ema.update(batch_size, nimg + batch_size)
@@ -96,32 +99,41 @@ class Players:
         self.generator.backward_and_step(loss)
         return statistics
 
-    def d_phase(self, batch: Batch) -> tuple[Tensor, Targets, Statistics]:
+    def d_phase(self, batch: Batch) -> tuple[Output, Targets, Statistics]:
         """SR with its graph, what both phases need of HR and LR, and an update of the discriminator."""
         assert self.discriminator is not None
         with self.world.autocast():
-            sr = self._super_resolved(batch)
+            output = self._super_resolved(batch)
             targets = self.objective.targets(batch, is_warmup=False)
         with record_function("D phase"):
             with self.world.autocast():
-                loss, statistics = self.objective.d_loss(self.discriminator.forward, batch, targets, sr.detach())
+                loss, statistics = self.objective.d_loss(self.discriminator.forward, batch, targets, output.sr.detach())
             self.discriminator.backward_and_step(loss)
-        return sr, targets, statistics
+        return output, targets, statistics
 
-    def g_phase(self, batch: Batch, targets: Targets, sr: Tensor) -> Statistics:
+    def g_phase(self, batch: Batch, targets: Targets, output: Output) -> Statistics:
         """An update of the generator, against the discriminator as it now is."""
         assert self.discriminator is not None
         # Frozen until the end of backward, where activation checkpointing calls D again.
         with record_function("G phase"), self.discriminator.frozen() as frozen:
             with self.world.autocast():
-                loss, statistics = self.objective.g_loss(frozen, batch, targets, sr)
+                loss, statistics = self.objective.g_loss(frozen, batch, targets, output)
             self.generator.backward_and_step(loss)
         return statistics
 
-    def _super_resolved(self, batch: Batch) -> Tensor:
+    def _super_resolved(self, batch: Batch) -> Output:
         with record_function("generator"):
-            sr: Tensor = self.generator.forward(batch.lr)
-            return sr.to(self.world.dtype)  # (N,3,H,W) in [-1,1]
+            made = self.generator.forward(batch.lr)
+            images = made if isinstance(made, tuple) else (made,)
+            return Output(*(image.to(self.world.dtype) for image in images))  # (N,3,H,W) in [-1,1]
+
+    def _set_learning_rate(self, value: float) -> None:
+        """Of the coming steps; what was recorded with another is recorded anew."""
+        groups = [group for player in self.by_name.values() for group in player.groups]
+        if any(group["lr"] != value for group in groups):
+            self.recorder = Recorder(self.recorder.record)
+            for group in groups:
+                group["lr"] = value
 
     def _piece(self, function: Callable[..., Any], *inputs: Any) -> Any:
         """Call it, or replay it; on a GPU note the memory of a call."""
@@ -139,7 +151,7 @@ class Players:
         return {"generator": self.generator} | ({"discriminator": self.discriminator} if self.discriminator else {})
 
     @torch.no_grad()
-    def snapshot(self) -> Generator:
+    def snapshot(self) -> nn.Module:
         """What users get: the averaged weights where there are any. All ranks call it together."""
         weights = self.generator.whole(self.ema.averages if self.ema else self.generator.parts())
         torch._foreach_copy_(list(self.shown.parameters()), weights)
@@ -147,7 +159,7 @@ class Players:
             mine.copy_(its)
         return self.shown
 
-    def full_state(self, snapshot: Generator) -> dict[str, dict[str, Tensor]]:
+    def full_state(self, snapshot: nn.Module) -> dict[str, dict[str, Tensor]]:
         """All that training changes, by file of a checkpoint; on the first rank, but all call it together."""
         state = {name: player.full_state() for name, player in self.by_name.items()}
         if self.ema:
@@ -167,7 +179,8 @@ class Players:
 def plan_kernels(config: Config, world: World) -> dict[str, backend.Impl]:
     """Which implementation each fused op of a step will take; ValueError where the configuration asks in vain."""
     count, side, channels = config.train.batch_size // world.size, config.lr_size, config.generator.channels
-    trunk = {op: [count, channels, side, side] for op in ("ridb", "upconv_act")}
+    is_sega = config.generator.kind == "sega"
+    trunk = {op: [count, channels, side, side] for op in ("ridb", "upconv_act")} if is_sega else {}
     logits = {"rals": [count, 1]} if config.has_discriminator and config.loss.adv == "rals" else {}
     device = world.device.type
     of_trunk = backend.plan(config.kernels, trunk, world.compute_dtype, device, config.generator.slope)

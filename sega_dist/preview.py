@@ -1,6 +1,7 @@
 """A few fixed faces, super-resolved now and then, to see how far a run is."""
 
 import torch
+from torch import nn
 
 from sega_dist.config import Config
 from sega_dist.data.images import DamagedSample, ShardReader
@@ -9,7 +10,6 @@ from sega_dist.data.shards import Manifest
 from sega_dist.distributed import World
 from sega_dist.errors import UserError
 from sega_dist.metrics import psnr
-from sega_dist.networks.generator import Generator
 from sega_dist.pictures import Panel, grid
 from sega_dist.stats import Report
 
@@ -34,7 +34,7 @@ class Preview:
         self.bicubic_psnr = psnr(self.hr, self.bicubic).tolist()
 
     @torch.no_grad()
-    def show(self, report: Report, generator: Generator, nimg: int) -> dict[str, float]:
+    def show(self, report: Report, generator: nn.Module, nimg: int) -> dict[str, float]:
         """A picture grid, each rank making its share of the faces, and the mean PSNR for the tick."""
         mine = slice(self.world.rank, None, self.world.size)
         sr = torch.zeros_like(self.hr)

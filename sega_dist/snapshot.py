@@ -10,14 +10,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from sega_dist.arguments import Device
 from sega_dist.config import Config, from_dict, to_dict, validate
 from sega_dist.data.shards import write_whole
 from sega_dist.errors import UserError
 from sega_dist.networks.build import build_generator
-from sega_dist.networks.generator import Generator
 
 FORMAT = 1
 SNAPSHOTS = "snapshots"
@@ -41,7 +40,7 @@ def save_snapshot(run: Path, nimg: int, config: Config, weights: dict[str, Tenso
 class Snapshot:
     """A generator ready for use, and where it comes from."""
 
-    generator: Generator  # in eval mode, on `device`
+    generator: nn.Module  # in eval mode, on `device`
     config: Config
     nimg: int  # images it was trained on
     device: torch.device

@@ -14,7 +14,7 @@ from sega_dist.bench import gpu_step, measure, step
 from sega_dist.bench.step import StepCommand, bench, work
 from sega_dist.bench.work import counted
 from sega_dist.errors import UserError
-from sega_dist.objectives import SegaObjective
+from sega_dist.objectives import Objective
 
 TWO: tuple[step.Column, ...] = ("plain_fp32", "ours_fp32")
 
@@ -94,7 +94,7 @@ def test_rows_files_and_going_on(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_a_wrong_column_has_no_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(SegaObjective, "content", lambda self, targets, sr: sr.square().mean())
+    monkeypatch.setattr(Objective, "content", lambda self, targets, sr: sr.square().mean())
     cli.main(["bench", "step", "--quick", "--json", "--device", "cpu", "--out", str(tmp_path), "--columns", *TWO])
     rows = json.loads(capsys.readouterr().out)
     assert [row["why"] for row in rows if row["column"] == "ours_fp32"] == ["wrong"]

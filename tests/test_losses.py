@@ -56,8 +56,20 @@ def test_bce_values_and_large_logits():
     torch.testing.assert_close(losses.bce_g(fake), bce(fake, torch.ones_like(fake)))
 
 
-def test_content_and_pixel():
+def test_differences_are_torchs():
     x, y = torch.randn(2, 3, 5, 4, 4)
-    assert losses.content(x, x) == 0
-    torch.testing.assert_close(losses.content(x, y), torch.nn.functional.mse_loss(x, y))
-    torch.testing.assert_close(losses.pixel(x, y), torch.nn.functional.l1_loss(x, y))
+    for norm in ("l1", "mse", "sse"):
+        assert losses.difference(x, x, norm) == 0
+    torch.testing.assert_close(losses.difference(x, y, "mse"), torch.nn.functional.mse_loss(x, y))
+    torch.testing.assert_close(losses.difference(x, y, "l1"), torch.nn.functional.l1_loss(x, y))
+    torch.testing.assert_close(losses.difference(x, y, "sse"), torch.nn.functional.mse_loss(x, y, reduction="sum") / 3)
+
+
+def test_ragan_is_esrgans_formula():
+    real, fake = torch.randn(2, 6, 1, dtype=torch.float64)
+    bce, ones = torch.nn.functional.binary_cross_entropy_with_logits, torch.ones(6, 1, dtype=torch.float64)
+    of_real, of_fake = real - fake.mean(), fake - real.mean()
+    expected_d = (bce(of_real, ones) + bce(of_fake, 0 * ones)) / 2
+    expected_g = (bce(of_real, 0 * ones) + bce(of_fake, ones)) / 2
+    torch.testing.assert_close(losses.ragan_d(real, fake, real.mean(), fake.mean()), expected_d)
+    torch.testing.assert_close(losses.ragan_g(real, fake, real.mean(), fake.mean()), expected_g)

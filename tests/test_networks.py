@@ -165,12 +165,12 @@ def test_vgg19_is_torchvisions_sequence():
     x = ((image + 1) / 2 - mean) / std
     for expected, found in ((nn.Sequential(*layers[:15])(x), conv3_3), (nn.Sequential(*layers[:37])(x), embedding)):
         assert float((expected - found).norm() / expected.norm()) < 1e-6  # the constants are rounded to fp32
-    torch.testing.assert_close(vgg19.conv3_3(image), conv3_3)
+    torch.testing.assert_close(vgg19.content(image), conv3_3)
     assert len(layers) == 37
 
 
 def test_vgg19_without_weights_is_not_silently_random():
-    assert torch.isnan(Vgg19(CONV3_3).conv3_3(torch.zeros(1, 3, 16, 16))).all()
+    assert torch.isnan(Vgg19(CONV3_3).content(torch.zeros(1, 3, 16, 16))).all()
 
 
 def test_discriminator_branches_and_batch_norm():

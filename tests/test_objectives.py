@@ -10,7 +10,7 @@ from sega_dist import losses
 from sega_dist.config import Config, DataConfig, DiscriminatorConfig, EncoderConfig, GeneratorConfig, LossConfig
 from sega_dist.networks.build import build_discriminator, build_generator, build_vgg19
 from sega_dist.networks.discriminator import NOISE
-from sega_dist.objectives import Batch, Noise, SegaObjective
+from sega_dist.objectives import Batch, Noise, Objective, Output
 
 CONFIG = Config(
     data=DataConfig(size=64),
@@ -19,7 +19,7 @@ CONFIG = Config(
 )
 
 
-def setting(config: Config) -> tuple[SegaObjective, nn.Module, Batch, Tensor]:
+def setting(config: Config) -> tuple[Objective, nn.Module, Batch, Tensor]:
     vgg19 = build_vgg19(config)
     if vgg19:
         for parameter in vgg19.parameters():
@@ -27,7 +27,7 @@ def setting(config: Config) -> tuple[SegaObjective, nn.Module, Batch, Tensor]:
     batch = Batch(torch.rand(4, 3, 16, 16), torch.rand(4, 3, 64, 64), Noise(*torch.rand(4, 4, NOISE)))
     sr = build_generator(config)(batch.lr)
     return (
-        SegaObjective(config, vgg19, lambda real, fake: (real.mean(), fake.mean())),
+        Objective(config, vgg19, lambda real, fake: (real.mean(), fake.mean())),
         build_discriminator(config),
         batch,
         sr,
@@ -46,9 +46,9 @@ def test_sega_losses_are_the_papers_formulas():
     real, fake = discriminator(batch.hr, e_hr, batch.noise.d_real), discriminator(sr.detach(), e_lr, batch.noise.d_fake)
     torch.testing.assert_close(loss_d, losses.rals_d(real, fake, real.mean(), fake.mean()))
 
-    loss_g, parts = objective.g_loss(discriminator, batch, targets, sr)
+    loss_g, parts = objective.g_loss(discriminator, batch, targets, Output(sr))
     real, fake = discriminator(batch.hr, e_hr, batch.noise.g_real), discriminator(sr, e_lr, batch.noise.g_fake)
-    content = nn.functional.mse_loss(vgg19.conv3_3(sr), vgg19.conv3_3(batch.hr))
+    content = nn.functional.mse_loss(vgg19.content(sr), vgg19.content(batch.hr))
     torch.testing.assert_close(loss_g, content + 1e-3 * losses.rals_g(real, fake, real.mean(), fake.mean()))
     assert set(parts) == {"loss_g", "loss_content", "loss_adv"}
     assert not any(value.requires_grad for value in parts.values())
@@ -58,7 +58,7 @@ def test_warmup_has_no_adversarial_term():
     objective, _, batch, sr = setting(dataclasses.replace(CONFIG, loss=LossConfig(w_pixel=0.5)))
     targets = objective.targets(batch, is_warmup=True)
     assert targets.real is None
-    loss, parts = objective.g_loss(None, batch, targets, sr)
+    loss, parts = objective.g_loss(None, batch, targets, Output(sr))
     torch.testing.assert_close(loss.detach(), parts["loss_content"] + 0.5 * parts["loss_pixel"])
 
 
@@ -77,7 +77,7 @@ def test_every_reading_trains_both_players(kind: str, fake_semantics: str, adv: 
     loss, _ = objective.d_loss(discriminator, batch, targets, sr.detach())
     of_d = torch.autograd.grad(loss, list(discriminator.parameters()), allow_unused=False)
     assert all(torch.isfinite(g).all() for g in of_d)
-    loss, _ = objective.g_loss(discriminator, batch, targets, sr)
+    loss, _ = objective.g_loss(discriminator, batch, targets, Output(sr))
     (of_sr,) = torch.autograd.grad(loss, sr)
     assert of_sr.abs().sum() > 0
 

@@ -39,7 +39,7 @@ from sega_dist.distributed import World
 from sega_dist.engines import Player
 from sega_dist.errors import HANG, LOST_RANK, NON_FINITE, PREEMPTED
 from sega_dist.loop import Options, Training
-from sega_dist.objectives import SegaObjective
+from sega_dist.objectives import Objective
 from sega_dist.owner import read_status
 from sega_dist.players import Players
 
@@ -95,7 +95,7 @@ def poison(what: str, first: str, last: str = "inf", factor: str = "nan") -> Non
         return statistics
 
     around(Batches, "__next__", lambda original, self: begins.__setitem__(0, self.nimg) or original(self))
-    around(*{"loss_g": (SegaObjective, "g_loss", lose), "loss_d": (SegaObjective, "d_loss", lose),
+    around(*{"loss_g": (Objective, "g_loss", lose), "loss_d": (Objective, "d_loss", lose),
              "gradient": (Player, "__init__", make), "weight": (Players, "step", step)}[what])  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from sega_dist.engines import Player
 from sega_dist.errors import PREEMPTED, UserError
 from sega_dist.networks.generator import Generator
 from sega_dist.networks.vgg19 import CONV3_3, Vgg19
-from sega_dist.objectives import SegaObjective
+from sega_dist.objectives import Objective
 
 PROOF = [*SMALL, "--train.precision", "fp64", "--train.images", "36", "--train.ema-kimg", "0"]
 
@@ -205,7 +205,7 @@ def test_the_generators_phase_leaves_no_gradient_on_the_discriminator(
 ):
     """Sharded engines go silently wrong if D's parameters take gradient in the G phase."""
     before: list[torch.Tensor] = []
-    monkeypatch.setattr(SegaObjective, "g_loss", spied := spy(SegaObjective.g_loss, before))
+    monkeypatch.setattr(Objective, "g_loss", spied := spy(Objective.g_loss, before))
     monkeypatch.setattr(Player, "backward_and_step", checked(Player.backward_and_step, spied, before))
     start(manifest, tmp_path / "run", "--train.images", 24)
     assert len(before) > 0
@@ -214,7 +214,7 @@ def test_the_generators_phase_leaves_no_gradient_on_the_discriminator(
 def spy(g_loss: Callable, before: list[torch.Tensor]) -> Callable:
     """Note D's gradients as the G phase begins."""
 
-    def spied(self: SegaObjective, discriminator: torch.nn.Module, *rest: object):
+    def spied(self: Objective, discriminator: torch.nn.Module, *rest: object):
         spied.discriminator = discriminator
         before[:] = [p.grad.clone() for p in discriminator.parameters()]
         return g_loss(self, discriminator, *rest)

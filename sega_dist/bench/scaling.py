@@ -101,8 +101,8 @@ def traffic(config: Config) -> Iterator[Collective]:
     if config.has_discriminator:
         yield Collective("gradient of D", [_count(discriminator)], is_hidden=True)
         yield from _norms("D", list(_discriminator_norms(config, discriminator)))
-        if config.loss.adv == "rals":
-            yield Collective("means of RaLS", [4] * 4)  # forward and backward, in both phases
+        if config.loss.adv != "bce":
+            yield Collective("relativistic means", [4] * 4)  # forward and backward, in both phases
     yield from _norms("G", [(layer.num_features, 1, 1) for layer in generator.modules() if _is_norm(layer)])
     yield Collective("shall we stop", [2])  # one whole number of eight bytes, over the host
 

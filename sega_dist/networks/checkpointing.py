@@ -1,7 +1,13 @@
 """Activation checkpointing: less memory for one more forward, and the same result."""
 
+import contextlib
+import functools
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 
@@ -16,5 +22,25 @@ def in_stages(layers: nn.Sequential, x: Tensor, is_checkpointing: bool) -> Tenso
         return y
     starts = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)] or list(range(len(layers)))
     for start, end in zip(starts, [*starts[1:], len(layers)], strict=True):
-        x = checkpoint(layers[start:end], x, use_reentrant=False, preserve_rng_state=False)
+        stage = layers[start:end]
+        x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False,
+                       context_fn=functools.partial(_contexts, stage))  # fmt: skip
     return x
+
+
+def _contexts(stage: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Of the first forward and of the second."""
+    return contextlib.nullcontext(), _statistics_kept(stage)
+
+
+@contextlib.contextmanager
+def _statistics_kept(stage: nn.Module) -> Iterator[None]:
+    """Running statistics have seen this batch: the second forward must not show it to them again."""
+    norms = [layer for layer in stage.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

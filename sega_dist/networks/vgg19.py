@@ -5,10 +5,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from sega_dist.config import ContentLayer
+
 CHANNELS = (64,) * 2 + (128,) * 2 + (256,) * 4 + (512,) * 8
 BLOCK_ENDS = (2, 4, 8, 12, 16)  # convolutions after which a pool may stand
-CONV3_3 = 7  # convolutions up to and including conv3_3
-ALL = 16
+CONVOLUTIONS = {"conv3_3": 7, "conv5_4": 16, "relu5_4": 16}  # up to and including each layer of a content loss
+CONV3_3, ALL = 7, 16
 EMBEDDING_SIDE = 8  # a block's pool is kept only while its map is larger than this (paper figure 1)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet, for RGB in [0,1]
 
@@ -23,8 +25,9 @@ class Vgg19(nn.Module):
     centre: Tensor
     gain: Tensor
 
-    def __init__(self, convolutions: int = ALL):
+    def __init__(self, convolutions: int = ALL, content: ContentLayer = "conv3_3"):
         super().__init__()
+        self.content_layer = content
         self.features = nn.ModuleDict()
         index, channels = 0, 3
         for number, width in enumerate(CHANNELS[:convolutions], 1):
@@ -46,29 +49,30 @@ class Vgg19(nn.Module):
             layer.to(dtype)
 
     def forward(self, image: Tensor, is_embedding: bool) -> tuple[Tensor, Tensor]:
-        """(N,3,H,W) in [-1,1] -> last map, and conv3_3 before its ReLU, (N,256,H/4,W/4) for H and W of 32 or more.
+        """(N,3,H,W) in [-1,1] -> last map, and the content loss's layer, (N,256,H/4,W/4) where that is conv3_3.
 
-        The last map is the embedded semantics (N,512,8,8), or conv3_3 again where these are not wanted. One rule gives
-        every shape of paper figure 1: a block's pool is kept only while the map is larger than 8x8, so sides 256, 64
-        and 32 all end at 8. Features before the ReLU: paper section 3.4.
+        The last map is the embedded semantics (N,512,8,8), or the layer again where these are not wanted. One rule
+        gives every shape of paper figure 1: for these a block's pool is kept only while the map is larger than 8x8, so
+        that sides 256, 64 and 32 all end at 8. Features before the ReLU: paper section 3.4.
         """
         with record_function("vgg19"):
+            content = CONVOLUTIONS[self.content_layer]
             first, *rest = self.features.values()
             assert isinstance(first, nn.Conv2d)
             # The mean is taken off before the border is padded with zeros; the deviation is in the filter.
             x = F.relu_(F.conv2d(image - self.centre, first.weight * self.gain, first.bias, padding=1))
             for number, layer in enumerate(rest, 2):
                 x = layer(x)
-                if number == CONV3_3:
-                    conv3_3 = x
+                if number == content:
+                    features = F.relu(x) if self.content_layer.startswith("relu") else x
                     if not is_embedding:
-                        break
-                x = F.relu(x, inplace=number != CONV3_3)
-                if number in BLOCK_ENDS and x.shape[-1] > EMBEDDING_SIDE:
+                        return features, features
+                x = F.relu(x, inplace=number != content)
+                if number in BLOCK_ENDS and (x.shape[-1] > EMBEDDING_SIDE or not is_embedding):
                     x = F.max_pool2d(x, 2)
-            return x, conv3_3
+            return x, features
 
-    def conv3_3(self, image: Tensor) -> Tensor:
-        """The features alone."""
+    def content(self, image: Tensor) -> Tensor:
+        """The content loss's features alone."""
         features: Tensor = self(image, False)[1]
         return features
