@@ -214,6 +214,11 @@ def test_the_fit_finds_what_was_drawn(alpha: float, left: float, right: float):
     assert found == pytest.approx([alpha, left, right], rel=0.03)
 
 
+def test_the_fit_ends_where_the_published_table_does():
+    two_values, rare = torch.tensor([1.0, -1.0]).double(), torch.cat([torch.tensor([1.0, -1.0]), torch.zeros(9998)])
+    assert asymmetric_fit(two_values)[0].item() == 10 and asymmetric_fit(rare.double())[0].item() == 0.2
+
+
 # Files ---------------------------------------------------------------------------------------------------------------
 
 
