@@ -1,6 +1,7 @@
-"""Weights made elsewhere: where VGG19's are found, and reading them without executing anything."""
+"""Weights made elsewhere: where they are found, and reading them without executing anything."""
 
 import hashlib
+import importlib.resources
 import os
 import pickle
 import re
@@ -10,9 +11,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, hub
+from torch import Tensor, hub, nn
 
 from sega_dist.errors import UserError
+from sega_dist.lpips import CHANNELS, Lpips
 from sega_dist.networks.vgg19 import Vgg19
 
 VARIABLE = "SEGA_DIST_VGG19"
@@ -25,26 +27,42 @@ def load_vgg19(network: Vgg19, path: Path | None) -> str:
     Returns the SHA-256 of the file. Raises UserError if there are no weights, or they do not fit.
     """
     file = path or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else _downloaded())
-    state = _read(file)
-    wanted = network.state_dict()
-    missing = [key for key in wanted if key not in state]
-    if missing:
-        raise UserError(f"{file} has no {missing[0]}: it must hold VGG19 with torchvision's key names")
-    wrong = [key for key in wanted if state[key].shape != wanted[key].shape]
-    if wrong:
-        raise UserError(
-            f"{file}: {wrong[0]} is {tuple(state[wrong[0]].shape)}, VGG19's is {tuple(wanted[wrong[0]].shape)}"
-        )
-    if not all(bool(torch.isfinite(state[key]).all()) for key in wanted):
-        raise UserError(f"{file} holds values that are not finite numbers")
-    network.load_state_dict({key: state[key].to(wanted[key].dtype) for key in wanted})
+    _fill(network, "VGG19", file, f"--vgg19 PATH or ${VARIABLE}")
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _read(file: Path) -> dict[str, Tensor]:
+def load_lpips(weights: Path) -> Lpips:
+    """LPIPS on AlexNet's `weights`, .pth or .safetensors with torchvision's key names; torchmetrics brings the rest.
+
+    Raises UserError if there are no weights, or they do not fit.
+    """
+    package = importlib.resources.files("torchmetrics.functional.image")
+    linear = _read(Path(str(package / "lpips_models/alex.pth")), "torchmetrics >= 1.6")
+    network = Lpips(torch.cat([linear[f"lin{number}.model.1.weight"].flatten() for number in range(len(CHANNELS))]))
+    _fill(network, "AlexNet", weights, "--lpips-weights PATH")
+    return network
+
+
+def _fill(network: nn.Module, kind: str, file: Path, option: str) -> None:
+    """Fill `network` from a file that may hold more, or say in one line why it cannot."""
+    state, wanted = _read(file, option), network.state_dict()
+    missing = [key for key in wanted if key not in state]
+    if missing:
+        raise UserError(f"{file} has no {missing[0]}: it must hold {kind} with torchvision's key names")
+    wrong = [key for key in wanted if state[key].shape != wanted[key].shape]
+    if wrong:
+        raise UserError(
+            f"{file}: {wrong[0]} is {tuple(state[wrong[0]].shape)}, {kind}'s is {tuple(wanted[wrong[0]].shape)}"
+        )
+    if not all(bool(torch.isfinite(state[key]).all()) for key in wanted):
+        raise UserError(f"{file} holds values that are not finite numbers")
+    network.load_state_dict({key: state[key].to(wanted[key].dtype) for key in wanted})
+
+
+def _read(file: Path, option: str) -> dict[str, Tensor]:
     if not file.is_file():
-        raise UserError(f"weight file {file} does not exist; give VGG19's by --vgg19 PATH or ${VARIABLE}")
+        raise UserError(f"weight file {file} does not exist; give it by {option}")
     try:
         if file.suffix == ".safetensors":
             return load_file(file)

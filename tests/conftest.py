@@ -1,19 +1,23 @@
 """What the tests share: small procedural faces, their shards, and ways to run the program as a user does."""
 
+import io
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 # Decided when kernels are imported: without a GPU they run in Triton's interpreter.
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask for on a GPU
 
 from sega_dist.data.shards import Manifest, open_manifest
-from sega_dist.data.synthetic import write_folder
+from sega_dist.data.synthetic import face, write_folder
+from sega_dist.pictures import to_tensor
 from sega_dist.shard import ShardCommand, shard
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,6 +54,18 @@ def real_data() -> Path:
     if not folder:
         pytest.skip("SEGA_DIST_TEST_DATA is not set: no real faces and no VGG19 weights")
     return Path(folder)
+
+
+def photographs(real_data: Path, count: int) -> torch.Tensor:
+    """The first real test faces, (count,3,256,256) uint8."""
+    with zipfile.ZipFile(real_data / "celeba256-test.zip") as archive:
+        names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))[:count]
+        return torch.stack([to_tensor(Image.open(io.BytesIO(archive.read(name)))) for name in names])
+
+
+def portraits(count: int, size: int) -> torch.Tensor:
+    """Procedural faces, (count,3,size,size) uint8."""
+    return torch.stack([to_tensor(Image.fromarray(face(2, i, size))) for i in range(count)])
 
 
 def program(*words: object, ranks: int = 0, timeout: float = 240, env: dict[str, str] | None = None,

@@ -1,28 +1,23 @@
-"""Small rooms: EMA, metrics, pictures, statistics, weight files, the reference ops."""
+"""Small rooms: EMA, pictures, statistics, weight files, the reference ops."""
 
-import io
 import json
-import math
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import photographs, portraits
 from PIL import Image
-from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import nn
 
 from sega_dist.config import Config, DataConfig, GeneratorConfig, LossConfig, TrainConfig
 from sega_dist.data.pairs import bicubic
-from sega_dist.data.synthetic import face
 from sega_dist.distributed import World
 from sega_dist.ema import Ema
 from sega_dist.errors import UserError
 from sega_dist.kernels.upconv_act import upconv_act
-from sega_dist.metrics import luminance, scores
 from sega_dist.networks.vgg19 import CONV3_3, Vgg19
-from sega_dist.pictures import Panel, curves, grid, to_tensor
+from sega_dist.pictures import Panel, curves, grid
 from sega_dist.players import Players
 from sega_dist.stats import Report, Sums
 from sega_dist.weights import VARIABLE, load_vgg19
@@ -50,40 +45,8 @@ def test_a_snapshot_is_the_average_with_the_latest_statistics():
     assert not shown.training and not any(p.requires_grad for p in shown.parameters())
 
 
-def faces(count: int) -> torch.Tensor:
-    return torch.stack([to_tensor(Image.fromarray(face(2, i, 96))) for i in range(count)])
-
-
-def test_scores_equal_scikit_images():
-    hr = faces(3)
-    sr = bicubic(bicubic(hr, 24, 24), 96, 96)
-    found = scores(hr, sr)
-    for i in range(3):
-        a, b = (t[i].permute(1, 2, 0).numpy() for t in (hr, sr))
-        options = {"data_range": 255, "gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
-        expected = structural_similarity(a.astype(float), b.astype(float), channel_axis=2, **options)
-        assert found["psnr"][i].item() == pytest.approx(peak_signal_noise_ratio(a, b, data_range=255), abs=1e-4)
-        assert found["ssim"][i].item() == pytest.approx(expected, abs=1e-4)
-        y = [luminance(t[i : i + 1].double())[0, 0].numpy() for t in (hr, sr)]
-        assert found["psnr_y"][i].item() == pytest.approx(peak_signal_noise_ratio(*y, data_range=255), abs=1e-4)
-        assert found["ssim_y"][i].item() == pytest.approx(structural_similarity(*y, **options), abs=1e-4)
-
-
-@pytest.mark.parametrize(("error", "psnr"), [(1, 48.1308), (10, 28.1308)])
-def test_psnr_of_a_constant_error(error: int, psnr: float):
-    hr = torch.full((1, 3, 32, 32), 100, dtype=torch.uint8)
-    assert scores(hr, hr + error)["psnr"].item() == pytest.approx(psnr, abs=1e-4)
-    assert math.isinf(scores(hr, hr)["psnr"].item())
-    assert scores(hr, hr)["ssim"].item() == pytest.approx(1)
-
-
-def test_luminance_is_studio_range():
-    black_white = torch.tensor([0.0, 255.0]).view(2, 1, 1, 1).expand(2, 3, 1, 1)
-    torch.testing.assert_close(luminance(black_white).flatten(), torch.tensor([16.0, 235.0]), atol=1e-3, rtol=0)
-
-
 def test_grid_and_curves_are_pictures(tmp_path: Path):
-    hr = faces(2)
+    hr = portraits(2, 96)
     row = [Panel(bicubic(hr[:1], 24, 24)[0], "24x24"), Panel(hr[0], "1 dB")]
     sheet = grid(["LR", "HR"], [row, row], side=96)
     assert np.asarray(sheet)[40, 150].tolist() == hr[0, :, 40 - 26, 150 - 6 - 96 - 6].tolist()
@@ -170,9 +133,7 @@ def test_real_vgg19_weights_give_the_stated_content_loss(real_data: Path):
     """The data's README states about 28 between a face and its x8 bicubic with these weights."""
     network = Vgg19(CONV3_3)
     load_vgg19(network, real_data / "weights/vgg19-features-fp16.pth")
-    with zipfile.ZipFile(real_data / "celeba256-test.zip") as archive:
-        names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))[:12]
-        hr = torch.stack([to_tensor(Image.open(io.BytesIO(archive.read(name)))) for name in names])
+    hr = photographs(real_data, 12)
     sr = bicubic(bicubic(hr, 32, 32), 256, 256)
     phi_hr, phi_sr = (network.content(images.float() / 127.5 - 1) for images in (hr, sr))
     assert (phi_hr - phi_sr).square().mean().item() == pytest.approx(28, rel=0.15)
