@@ -43,7 +43,7 @@ class ShardReader:
     """The samples of one side of a data set by number; opens files when needed, so that it pickles to workers."""
 
     def __init__(self, manifest: Manifest, side: str):
-        self.manifest = manifest
+        self.manifest, self.side = manifest, side
         self.shards = manifest.side(side)
         self.starts = np.cumsum([0] + [shard.samples for shard in self.shards])
         self.files: dict[int, list[int]] = {}  # shard number -> descriptors of the tar and its index

@@ -157,7 +157,7 @@ class Training:
     def _write(self, state: Checkpoint, weights: dict[str, torch.Tensor]) -> None:
         """In the writer's thread; the snapshot first, so that no checkpoint ever stands without its own."""
         self.owner.check()
-        save_snapshot(self.out, state.nimg, self.config, weights)
+        save_snapshot(self.out, state.nimg, self.config, weights, state.data_digest)
         save_checkpoint(self.out, state, self.config.train.keep, self.owner.check)
         self.report.curves()
 

@@ -24,8 +24,9 @@ class Panel:
 
 
 def grid(titles: list[str], rows: list[list[Panel]], side: int = 256) -> Image.Image:
-    """Rows of panels under column titles; small images keep hard pixel edges, so that LR looks like LR."""
-    height, width = TITLE + len(rows) * (side + CAPTION + MARGIN), MARGIN + len(titles) * (side + MARGIN)
+    """Rows of panels, `side` wide, under titles; small images keep hard pixel edges, so that LR looks like LR."""
+    high = max((panel.image.shape[1] * side // panel.image.shape[2] for row in rows for panel in row), default=side)
+    height, width = TITLE + len(rows) * (high + CAPTION + MARGIN), MARGIN + len(titles) * (side + MARGIN)
     sheet = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(sheet)
     title_font, caption_font = ImageFont.load_default(16), ImageFont.load_default(13)
@@ -33,9 +34,9 @@ def grid(titles: list[str], rows: list[list[Panel]], side: int = 256) -> Image.I
         x = MARGIN + column * (side + MARGIN)
         draw.text((x + side // 2, TITLE // 2), title, INK, title_font, anchor="mm")
         for number, row in enumerate(rows):
-            y = TITLE + number * (side + CAPTION + MARGIN)
+            y = TITLE + number * (high + CAPTION + MARGIN)
             sheet.paste(_shown(row[column].image, side), (x, y))
-            draw.text((x + side // 2, y + side + CAPTION // 2), row[column].caption, GREY, caption_font, anchor="mm")
+            draw.text((x + side // 2, y + high + CAPTION // 2), row[column].caption, GREY, caption_font, anchor="mm")
     return sheet
 
 
@@ -72,5 +73,6 @@ def to_image(pixels: Tensor) -> Image.Image:
 
 
 def _shown(pixels: Tensor, side: int) -> Image.Image:
-    enlarged = F.interpolate(pixels[None].float().cpu(), size=(side, side), mode="nearest-exact")
+    size = (pixels.shape[1] * side // pixels.shape[2], side)
+    enlarged = F.interpolate(pixels[None].float().cpu(), size=size, mode="nearest-exact")
     return to_image(enlarged[0].to(torch.uint8))

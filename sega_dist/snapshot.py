@@ -23,14 +23,14 @@ SNAPSHOTS = "snapshots"
 METADATA = "sega_dist"  # key in the safetensors header
 
 
-def save_snapshot(run: Path, nimg: int, config: Config, weights: dict[str, Tensor]) -> Path:
+def save_snapshot(run: Path, nimg: int, config: Config, weights: dict[str, Tensor], data: str = "") -> Path:
     """RUN/snapshots/snapshot-NIMG.safetensors: the generator's state in fp32 with its configuration in the header."""
     folder = run / SNAPSHOTS
     folder.mkdir(exist_ok=True)
     for abandoned in folder.glob(".snapshot-*"):  # by a process that was killed
         shutil.rmtree(abandoned) if abandoned.is_dir() else abandoned.unlink(missing_ok=True)
     tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-    values = {"format": FORMAT, "nimg": nimg, "config": to_dict(config), "sha256": _digest(tensors)}
+    values = {"format": FORMAT, "nimg": nimg, "config": to_dict(config), "sha256": _digest(tensors), "data": data}
     path = folder / f"snapshot-{nimg:012d}.safetensors"
     write_whole(path, save(tensors, metadata={METADATA: json.dumps(values)}))
     return path
@@ -44,6 +44,7 @@ class Snapshot:
     config: Config
     nimg: int  # images it was trained on
     device: torch.device
+    data: str = ""  # digest of the data set it was trained on; "" where that is not known
 
 
 def load_snapshot(path: Path, device: Device | torch.device = "cpu") -> Snapshot:
@@ -69,7 +70,7 @@ def load_snapshot(path: Path, device: Device | torch.device = "cpu") -> Snapshot
         generator = build_generator(dataclasses.replace(config, kernels="auto"))
         generator.load_state_dict(state)
         generator.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return Snapshot(generator, config, int(values["nimg"]), device)
+        return Snapshot(generator, config, int(values["nimg"]), device, str(values.get("data", "")))
     except OSError as error:
         raise UserError(f"cannot read snapshot {file}: {error.strerror or error}") from None
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
