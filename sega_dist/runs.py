@@ -17,6 +17,7 @@ from rich.table import Table
 from sega_dist.config import Config
 from sega_dist.errors import PREEMPTED
 from sega_dist.owner import Owner, read_status
+from sega_dist.preemption import Stop
 from sega_dist.snapshot import SNAPSHOTS
 from sega_dist.stats import read_stats
 
@@ -64,14 +65,14 @@ class Run:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGTERM)
 
-    def look(self) -> None:
-        """How far it is, or how it ended."""
+    def look(self, asked: Stop = "") -> None:
+        """How far it is, or how it ended; `asked` is what it was asked to do meanwhile."""
         code = self.process.poll()
         if code is not None:
-            self._end(code)
+            self._end(code, asked)
         self.row = self._row()
 
-    def _end(self, code: int) -> None:
+    def _end(self, code: int, asked: Stop) -> None:
         status = self._status()
         if code and status.get("token") != self.token and isinstance(status.get("code"), int):
             code = status["code"] or code  # a launcher ends with a code of its own
@@ -79,6 +80,8 @@ class Run:
             self.state = "stopped" if status.get("state") == "stopped" else "preempted"
         elif code == 0 and self.is_done():
             self.state = "done"
+        elif asked:  # a signal to all processes of a job ends one that has not begun yet
+            self.state = asked
         else:
             self.state, self.message = "failed", self._last_words()
         self.code = code

@@ -135,7 +135,7 @@ def _train(runs: list[Run], jobs: int, stop: StopRequests, board: Board) -> None
             for place, run in list(active.items()):
                 if stop.kind:
                     run.ask_to_stop()
-                run.look()
+                run.look(stop.kind)
                 if run.state != "training":
                     del active[place]
                 if run.state in ("preempted", "stopped"):
