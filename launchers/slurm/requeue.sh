@@ -22,7 +22,7 @@ watch_over() {
     # Saved, and there is more to do: only what this life of the job wrote counts.
     says() { grep -qs -- "$1" "$status"; }
     if says '"state": "preempted"' && says "\"job\": \"${life%.*}\"" && says "\"restart\": ${life##*.},"; then
-        # The first task of an array has the number of the whole array, which would be queued again with it.
+        # One task of an array has the number of the whole array, which would be queued again with it.
         local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
         job=${job:-$SLURM_JOB_ID}
         echo "queueing job $job again"
