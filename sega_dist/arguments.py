@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import math
 import re
 import typing
 from pathlib import Path
@@ -42,22 +43,36 @@ def parse(command: type[T], argv: list[str], program: str, default: T | None = N
 
 
 def split(command: type, argv: list[str]) -> tuple[list[str], list[str]]:
-    """The words for `command`, each option with its value, and those for another program."""
-    ours, theirs, taking = list[str](), list[str](), 0
-    options = {f"--{key.rpartition('.')[2].replace('_', '-')}" for key in keys(command)} | {"-h", "--help"}
+    """The words for `command`, each option with its value or its values, and those for another program."""
+    ours, theirs, taking = list[str](), list[str](), 0.0  # words that the option takes, itself among them
+    options = {f"--{key.rpartition('.')[2].replace('_', '-')}": kind for key, kind in keys(command).items()}
+    options |= {"-h": bool, "--help": bool}
     for word in argv:
-        is_ours = word.partition("=")[0].replace("_", "-") in options
-        taking = (1 if "=" in word else 2) if is_ours else taking - 1 if taking > 0 else 0
+        name, has_value = word.partition("=")[0].replace("_", "-"), "=" in word
+        if name in options:
+            is_list = typing.get_origin(options[name]) is tuple
+            taking = math.inf if is_list else 1 if has_value or options[name] is bool else 2
+        else:
+            is_next = word.startswith("-") and taking == math.inf  # a list ends where the next option begins
+            taking = 0 if is_next else max(taking - 1, 0)
         (ours if taking else theirs).append(word)
     return ours, theirs
 
 
-def keys(command: Any, prefix: str = "") -> list[str]:
-    """Every dotted key of a nested dataclass."""
-    names = []
+def share(part: str) -> tuple[int, int]:
+    """K and N of `K/N`, the K-th of N shares, counted from 0."""
+    match = re.fullmatch(r"(\d+)/(\d+)", part, re.ASCII)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise UserError(f"--part is {part!r}; write K/N with K from 0 to N-1, as 3/16")
+    return int(match[1]), int(match[2])
+
+
+def keys(command: Any, prefix: str = "") -> dict[str, Any]:
+    """Every dotted key of a nested dataclass, and its type."""
+    kinds: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(command).items():
-        names += keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [prefix + name]
-    return names
+        kinds |= keys(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else {prefix + name: kind}
+    return kinds
 
 
 def _unknown(word: str, command: type, program: str) -> str:

@@ -121,6 +121,15 @@ def newest_checkpoint(run: Path) -> int:
     return max((int(folder.name) for folder in saved_checkpoints(run)), default=-1)
 
 
+def data_of(run: Path) -> str | None:
+    """Digest of the data set that a run's last checkpoint names, unchecked; None where there is none to be read."""
+    try:
+        digest_of_data: str = json.loads(_bytes(saved_checkpoints(run)[-1] / STATE))["data"]
+    except (IndexError, OSError, DamagedCheckpoint, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return digest_of_data
+
+
 def saved_checkpoints(run: Path) -> list[Path]:
     """A run's checkpoints, damaged or not, oldest first."""
     try:

@@ -18,6 +18,7 @@ COMMANDS = {
         "main",
         "train a network (one process; accelerate launch -m sega_dist.train for more)",
     ),
+    "sweep": ("sega_dist.sweep", "main", "train a list of presets with several seeds each"),
     "checkpoints": ("sega_dist.resume", "checkpoints_main", "a run's checkpoints: which are whole"),
     "verify-resume": ("sega_dist.resume", "verify_main", "prove that a stop changes nothing, with your configuration"),
     "slurm": ("sega_dist.slurm", "main", "a script for sbatch, filled in"),

@@ -132,6 +132,8 @@ FREE_ON_RESUME = {
     "train.tick_kimg", "train.grid_kimg", "train.checkpoint_kimg", "train.keep",
 }  # fmt: skip
 
+SCHEDULE = ("content_warmup_kimg", "ema_kimg", "tick_kimg", "grid_kimg", "checkpoint_kimg")  # of `train`
+
 
 def learning_rate(train: TrainConfig, nimg: int) -> float:
     """Of the step that starts at image `nimg`."""
@@ -221,6 +223,13 @@ def validate(config: Config) -> Config:
     if config.loss.w_content == config.loss.w_pixel == 0 and (train.content_warmup_kimg or not config.loss.w_adv):
         raise UserError("loss.w_content or loss.w_pixel must be above 0 wherever no discriminator trains the generator")
     return config
+
+
+def shortened(config: Config, images: int) -> Config:
+    """The same training in `images` images: what is counted in thousands of them keeps its share of the whole."""
+    train = config.train
+    scaled: dict[str, Any] = {name: float(f"{getattr(train, name) * images / train.images:.6g}") for name in SCHEDULE}
+    return validate(dataclasses.replace(config, train=dataclasses.replace(train, images=images, **scaled)))
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -26,10 +26,10 @@ State = Literal["running", "done", "preempted", "stopped", "failed"]
 
 
 class Owner:
-    """The right to write into `run`, from `take` until `end`."""
+    """The right to write into `run`, from `take` until `end`; `name` is that of the file that says so."""
 
-    def __init__(self, run: Path):
-        self.run, self.file = run, run / FILE
+    def __init__(self, run: Path, name: str = FILE):
+        self.run, self.file, self.name = run, run / name, name
         process = psutil.Process()
         self.me = {
             "token": secrets.token_hex(8), "host": socket.gethostname(), "pid": process.pid,
@@ -42,7 +42,7 @@ class Owner:
     def take(self) -> None:
         """Become the writer; UserError while another one lives. A minute is the longest that it takes to tell."""
         end = time.monotonic() + SILENCE + SIGN
-        while (other := read_status(self.run)) and self._lives(other):
+        while (other := read_status(self.run, self.name)) and self._lives(other):
             is_here = other.get("host") == self.me["host"]
             job = f", job {other['job']!s:.40}" if other.get("job") else ""
             who = f"process {other.get('pid')} on {other.get('host')}{job}"
@@ -51,14 +51,14 @@ class Owner:
             if end - time.monotonic() > SILENCE:
                 print(f"{who} wrote into {self.run}: waiting up to {SILENCE:.0f} s for a sign of life", file=sys.stderr)
             time.sleep(SIGN / 2)
-        for pattern in (f".{FILE}.*", ".clock.*"):  # by a process that was killed
+        for pattern in (f".{self.name}.*", ".clock.*"):  # by a process that was killed
             for abandoned in self.run.glob(pattern):
                 abandoned.unlink(missing_ok=True)
         self.write("running")
 
     def check(self) -> None:
         """UserError if another process has taken over: asked before anything is committed."""
-        other = read_status(self.run)
+        other = read_status(self.run, self.name)
         self.has_lost = other is not None and other.get("token") != self.me["token"]
         if self.has_lost and other:
             raise UserError(
@@ -107,9 +107,9 @@ class Owner:
             probe.unlink(missing_ok=True)
 
 
-def read_status(run: Path) -> dict[str, Any] | None:
+def read_status(run: Path, name: str = FILE) -> dict[str, Any] | None:
     """RUN/status.json; None where there is none, or it holds nothing that makes sense."""
-    file = run / FILE
+    file = run / name
     try:
         values = json.loads(file.read_text()) if file.is_file() else None  # a pipe would be waited for
     except (OSError, ValueError, RecursionError):

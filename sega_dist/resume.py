@@ -20,8 +20,8 @@ from sega_dist.arguments import Device, RunPath, parse, split
 from sega_dist.checkpoint import Checkpoint, DamagedCheckpoint, find_checkpoint, read_checkpoint, saved_checkpoints
 from sega_dist.config import Config, to_dict
 from sega_dist.errors import BAD_DATA, INTERNAL, UserError
+from sega_dist.launch import training
 from sega_dist.owner import read_status
-from sega_dist.slurm import LAUNCHERS
 from sega_dist.stats import FILE as STATS
 from sega_dist.train import resolve
 
@@ -124,21 +124,10 @@ def _prove(proof: Proof, config: Config, device: Device, rest: list[str], folder
 
 def _train(what: str, launcher: Path | None, processes: int, words: list[str]) -> None:
     """A run in processes of its own; ends by itself, since every wait in it has a bound."""
-    start = ["-m", "sega_dist.train"]
-    if launcher or processes > 1:
-        is_cpu = not torch.cuda.is_available() or words[words.index("--device") + 1] == "cpu"
-        file = launcher or LAUNCHERS / f"accelerate/{'cpu' if is_cpu else 'gpu'}.yaml"
-        start = [
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            str(file),
-            "--num_processes",
-            str(processes),
-            *start,
-        ]
+    is_cpu = words[words.index("--device") + 1] == "cpu"
+    command = training(words, processes, launcher, "cpu" if is_cpu else "auto")
     print(f"training {what}, {processes} process(es) ...", file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, *start, *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     if done.returncode:
         said = [line for line in done.stderr.decode(errors="replace").splitlines() if "error" in line] or ["no word"]
         raise UserError(f"training {what} ended with {done.returncode}: {said[0]}")

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import threading
@@ -16,7 +15,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
-from sega_dist.arguments import OutPath, SourcePath, parse
+from sega_dist.arguments import OutPath, SourcePath, parse, share
 from sega_dist.data import celeba, splits
 from sega_dist.data.crops import Crop, versions
 from sega_dist.data.packing import Plan, Plans, Written, pack, sample_bytes
@@ -121,10 +120,7 @@ def _check(command: ShardCommand) -> tuple[int, int]:
     if command.shard_size < 1 or command.jobs < 0:
         raise UserError("--shard-size must be 1 or more, and --jobs 0 or more")
     ranks = launched_ranks()
-    match = re.fullmatch(r"(\d+)/(\d+)", command.part or f"{os.environ['RANK'] if ranks > 1 else 0}/{ranks}")
-    if match is None or int(match[1]) >= int(match[2]):
-        raise UserError(f"--part is {command.part!r}; write K/N with K from 0 to N-1, as 3/16")
-    return int(match[1]), int(match[2])
+    return share(command.part or f"{os.environ['RANK'] if ranks > 1 else 0}/{ranks}")
 
 
 def _described(command: ShardCommand, plans: Plans, part: int, parts: int) -> Iterator[str]:

@@ -4,7 +4,6 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -12,18 +11,18 @@ from tyro.conf import Positional
 
 from sega_dist.arguments import parse, split
 from sega_dist.errors import UserError
+from sega_dist.launch import LAUNCHERS, accelerate_file
 
-LAUNCHERS = Path(__file__).resolve().parent / "launchers"
 NAME = re.compile(r"[A-Za-z0-9._-]+")  # of what stands on an #SBATCH line, which no quotes protect
 
 
 @dataclass(frozen=True)
 class Slurm:
-    job: Annotated[Positional[Literal["train", "shard", "evaluate"]], tyro.conf.arg(metavar="JOB")]
+    job: Annotated[Positional[Literal["train", "sweep", "shard", "evaluate"]], tyro.conf.arg(metavar="JOB")]
     nodes: int = 0  # 0, here and below: as in launchers/slurm/JOB.sbatch
     gpus: int = -1  # a node; with 0 give --processes
     cpus: int = 0  # a task
-    parts: int = 0  # of the array, for shard
+    parts: int = 0  # of the array, for shard and sweep
     time: str = ""  # D-HH:MM:SS
     name: str = ""  # of the job
     partition: str = ""
@@ -53,9 +52,8 @@ def script(slurm: Slurm, words: list[str]) -> str:
             raise UserError(f"--{option} is {value!r}; letters, digits, dots, hyphens and underscores only")
     if any("\0" in word for word in words):
         raise UserError("an argument holds a zero byte")
-    if slurm.engine and not (LAUNCHERS / f"accelerate/{slurm.engine}.yaml").is_file():
-        known = ", ".join(sorted(file.stem for file in (LAUNCHERS / "accelerate").glob("*.yaml")))
-        raise UserError(f"--engine is {slurm.engine!r}; there are {known}")
+    if slurm.engine:
+        accelerate_file(slurm.engine)
     text = (LAUNCHERS / f"slurm/{slurm.job}.sbatch").read_text()
     for option, value in _sbatch(slurm).items():
         text = _replaced(text, option, value)

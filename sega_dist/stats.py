@@ -90,9 +90,7 @@ class Report:
     def curves(self) -> None:
         """RUN/curves.png, from all lines so far."""
         if self.run is not None:
-            lines = (self.run / FILE).read_text(errors="replace").splitlines()
-            whole = [json.loads(line) for line in lines if math.isfinite(_position(line))]  # one may be half written
-            curves(whole, self.run / "curves.png")
+            curves(read_stats(self.run), self.run / "curves.png")
 
     def say(self, message: str) -> None:
         """A sentence for the person who watches."""
@@ -120,6 +118,13 @@ class Report:
                 value = f"{entry[name]:.0%}" if name == "data_wait" else f"{entry[name]:.3g}"
                 parts.append(f"{label} {entry[name]:.2f}" if name == "preview_psnr" else f"{label} {value}")
         return "  ".join(parts)
+
+
+def read_stats(run: Path) -> list[dict[str, Any]]:
+    """The lines of RUN/stats.jsonl that are whole: the last one may be half written. None where there is no file."""
+    file = run / FILE
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines if math.isfinite(_position(line))]
 
 
 def memory_gb(device: torch.device) -> float:

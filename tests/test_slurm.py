@@ -22,6 +22,7 @@ from sega_dist.slurm import Slurm, script
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow, pytest.mark.distributed]
 SCRIPTS = sorted((ROOT / "launchers/slurm").glob("*.sbatch"))
+SHARED = ROOT / "launchers/slurm/requeue.sh"
 ODD = "a b;c 'd' \"e\" $(touch hacked) `touch hacked`\n#SBATCH --nodes=9"
 LONG = ["--train.images", "120000"]
 
@@ -97,7 +98,7 @@ def same_weights(one: Path, two: Path, nimg: int) -> bool:
 # What needs no cluster ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file", SCRIPTS, ids=lambda file: file.name)
+@pytest.mark.parametrize("file", [*SCRIPTS, SHARED], ids=lambda file: file.name)
 def test_scripts_are_sound(file: Path):
     subprocess.run(["bash", "-n", str(file)], check=True)
     if shutil.which("shellcheck") is None:
@@ -106,7 +107,7 @@ def test_scripts_are_sound(file: Path):
 
 
 def test_a_printed_script_quotes_what_it_is_given(tmp_path: Path):
-    for job in ("train", "shard", "evaluate"):
+    for job in ("train", "sweep", "shard", "evaluate"):
         text = script(Slurm(job, nodes=3, gpus=2, time="1-00:00:00", name="x4.b", parts=5), [ODD, "--data", ODD])
         head = text.partition("set -euo")[0]
         assert "#SBATCH --job-name=x4.b" in head and "hacked" not in head
@@ -283,3 +284,31 @@ def test_an_array_shards_and_a_job_evaluates(slurm: Cluster, faces: Path, manife
                            [str(alone), "--data", str(out), "--out", str(scores)]))  # fmt: skip
     slurm.wait(slurm.submit(file), {"COMPLETED"}, 90)
     assert json.loads((scores / "metrics.json").read_text())["images"] == 6
+
+
+@pytest.mark.usefixtures("of_jobs")
+def test_an_array_trains_a_list_and_one_task_comes_back_alone(slurm: Cluster, manifest: Manifest, tmp_path: Path):
+    """Time runs out in the middle of a run, for that task of the array which has the number of the whole array."""
+    out, alone = tmp_path / "out", tmp_path / "alone"
+    given = words(manifest, "--train.images", 600)[2:]
+    file = tmp_path / "sweep.sh"
+    arguments = [str(out), "--presets", "tiny_x4", "--seeds", "0", "1", "2", "3", *given]
+    file.write_text(script(Slurm("sweep", gpus=1, cpus=1, parts=2, time="10"), arguments))
+    job = slurm.submit(file)
+    runs, tasks = [out / f"tiny_x4-s{seed}" for seed in range(4)], [f"{job}_{task}" for task in (1, 2)]
+    until(lambda: min(map(steps, runs[:2])) >= 3, 120, lambda: slurm.run("squeue"))
+    numbers = [slurm.job(task)["JobId"] for task in tasks]
+    first = numbers.index(str(job))
+    slurm.run("scancel", "--batch", "--signal=USR1", tasks[first])
+    until(lambda: slurm.job(tasks[first])["Restarts"] == "1", 60, lambda: log_of(slurm, tasks[first])[-3000:])
+    stopped = status(runs[first])
+    assert stopped["code"] == 85 and stopped["nimg"] < 600, log_of(slurm, tasks[first])[-3000:]
+    for task in (tasks[first], tasks[1 - first]):  # who waits for the one that was queued again spares it two minutes
+        slurm.wait(task, {"COMPLETED"}, 180)
+    assert [slurm.job(task)["Restarts"] for task in tasks] == (["1", "0"] if first == 0 else ["0", "1"])
+    assert all((status(run)["state"], status(run)["nimg"]) == ("done", 600) for run in runs)
+    for part in (0, 1):
+        rows = json.loads((out / f"sweep-{part}-of-2.json").read_text())["runs"]
+        assert [(row["run"], row["state"]) for row in rows] == [(run.name, "done") for run in runs[part::2]]
+    train.main([*words(manifest, "--train.images", 600, "--train.seed", first), "--out", str(alone)])
+    assert same_weights(runs[first], alone, 600) and _losses(runs[first]) == _losses(alone)
