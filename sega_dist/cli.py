@@ -24,6 +24,7 @@ COMMANDS = {
     "doctor": ("sega_dist.doctor", "main", "what works on this machine, and how to mend what does not"),
     "evaluate": ("sega_dist.evaluate", "main", "PSNR and SSIM of a snapshot, with bicubic beside it"),
     "upscale": ("sega_dist.upscale", "main", "super-resolve photographs"),
+    "export": ("sega_dist.export", "main", "a snapshot with its scores as one safetensors or ONNX file"),
     "bench kernels": (
         "sega_dist.bench.kernels",
         "main",

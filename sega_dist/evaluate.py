@@ -27,7 +27,7 @@ from sega_dist.errors import UserError, run
 from sega_dist.metrics import NAMES, PROTOCOL, scores
 from sega_dist.pictures import Panel, grid, to_image
 from sega_dist.progress import progress
-from sega_dist.snapshot import SNAPSHOTS, Snapshot, load_snapshot
+from sega_dist.snapshot import EVAL, Snapshot, load_snapshot, run_of
 
 SHOWN = 8  # rows of the picture grid
 METHODS = ("bicubic", "model")
@@ -37,7 +37,7 @@ METHODS = ("bicubic", "model")
 class EvaluateCommand:
     """Score a snapshot's super-resolved images on every image of a split."""
 
-    snapshot: SnapshotPath  # a .safetensors file, or a run's folder (its newest snapshot)
+    snapshot: SnapshotPath  # a .safetensors or .onnx file, or a run's folder (its newest snapshot)
     data: str  # folder of shards, or the https address of one
     split: str = "test"  # side of the data set: train, val, test or preview
     out: Path | None = None  # folder for the results; default RUN/eval
@@ -57,9 +57,7 @@ class Row:
 
 def main(argv: list[str] | None = None) -> None:
     command = parse(EvaluateCommand, argv or [], "sega-dist evaluate")
-    folder = command.snapshot if command.snapshot.is_dir() else command.snapshot.parent
-    run_folder = folder.parent if folder.name == SNAPSHOTS else folder
-    command = dataclasses.replace(command, out=command.out or run_folder / "eval")
+    command = dataclasses.replace(command, out=command.out or run_of(command.snapshot) / EVAL)
     world = World(device=command.device, timeout=command.timeout)
     try:
         with world.naming_lost_ranks("start again"):
