@@ -26,6 +26,7 @@ COMMANDS = {
     "evaluate": ("sega_dist.evaluate", "main", "PSNR and SSIM of a snapshot, with bicubic beside it"),
     "compare": ("sega_dist.compare", "main", "snapshots side by side: the paper's tables and figures"),
     "upscale": ("sega_dist.upscale", "main", "super-resolve photographs"),
+    "export": ("sega_dist.export", "main", "a snapshot with its scores as one safetensors or ONNX file"),
     "bench kernels": (
         "sega_dist.bench.kernels",
         "main",

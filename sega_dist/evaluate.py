@@ -23,7 +23,7 @@ from sega_dist.distributed import WAIT, World
 from sega_dist.errors import UserError, run
 from sega_dist.pictures import Panel, grid, to_image
 from sega_dist.scoring import CLASSICAL, Scores, load_metrics, of_snapshot, protocol, score
-from sega_dist.snapshot import SNAPSHOTS, load_snapshot
+from sega_dist.snapshot import EVAL, load_snapshot, run_of
 
 SHOWN = 8  # rows of the picture grid
 HEADINGS = {"psnr": "PSNR dB", "ssim": "SSIM", "psnr_y": "PSNR-Y dB", "ssim_y": "SSIM-Y", "lpips": "LPIPS",
@@ -34,7 +34,7 @@ HEADINGS = {"psnr": "PSNR dB", "ssim": "SSIM", "psnr_y": "PSNR-Y dB", "ssim_y": 
 class EvaluateCommand:
     """Score a snapshot's super-resolved images on every image of a split."""
 
-    snapshot: SnapshotPath  # a .safetensors file, or a run's folder (its newest snapshot)
+    snapshot: SnapshotPath  # a .safetensors or .onnx file, or a run's folder (its newest snapshot)
     data: str  # folder of shards, or the https address of one
     split: str = "test"  # side of the data set: train, val, test or preview
     out: Path | None = None  # folder for the results; default RUN/eval
@@ -48,9 +48,7 @@ class EvaluateCommand:
 
 def main(argv: list[str] | None = None) -> None:
     command = parse(EvaluateCommand, argv or [], "sega-dist evaluate")
-    folder = command.snapshot if command.snapshot.is_dir() else command.snapshot.parent
-    run_folder = folder.parent if folder.name == SNAPSHOTS else folder
-    command = dataclasses.replace(command, out=command.out or run_folder / "eval")
+    command = dataclasses.replace(command, out=command.out or run_of(command.snapshot) / EVAL)
     world = World(device=command.device, timeout=command.timeout)
     try:
         with world.naming_lost_ranks("start again"):

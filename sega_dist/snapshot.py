@@ -1,4 +1,4 @@
-"""Snapshots: the generator for users, one safetensors file with its configuration in the header."""
+"""Snapshots: the generator for users, one safetensors or ONNX file with its configuration in the header."""
 
 import dataclasses
 import hashlib
@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,14 +14,16 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from sega_dist.arguments import Device
-from sega_dist.config import Config, from_dict, to_dict, validate
+from sega_dist.config import Config, Kernels, from_dict, to_dict, validate
 from sega_dist.data.shards import write_whole
 from sega_dist.errors import UserError
+from sega_dist.exported import SUFFIX, OnnxGenerator
 from sega_dist.networks.build import build_generator
 
 FORMAT = 1
 SNAPSHOTS = "snapshots"
-METADATA = "sega_dist"  # key in the safetensors header
+EVAL = "eval"  # a run's scores
+METADATA = "sega_dist"  # key in the safetensors header, and in the metadata of an ONNX model
 
 
 def save_snapshot(run: Path, nimg: int, config: Config, weights: dict[str, Tensor], data: str = "") -> Path:
@@ -29,53 +32,78 @@ def save_snapshot(run: Path, nimg: int, config: Config, weights: dict[str, Tenso
     folder.mkdir(exist_ok=True)
     for abandoned in folder.glob(".snapshot-*"):  # by a process that was killed
         shutil.rmtree(abandoned) if abandoned.is_dir() else abandoned.unlink(missing_ok=True)
-    tensors = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-    values = {"format": FORMAT, "nimg": nimg, "config": to_dict(config), "sha256": _digest(tensors), "data": data}
     path = folder / f"snapshot-{nimg:012d}.safetensors"
-    write_whole(path, save(tensors, metadata={METADATA: json.dumps(values)}))
+    write_whole(path, to_bytes(nimg, config, weights, data=data))
     return path
+
+
+def to_bytes(nimg: int, config: Config, weights: dict[str, Tensor], **more: Any) -> bytes:
+    """A snapshot file: the weights in fp32, and a header that holds `more` as well."""
+    return save(_plain(weights), metadata={METADATA: json.dumps(header(nimg, config, weights, **more))})
+
+
+def header(nimg: int, config: Config, weights: dict[str, Tensor], **more: Any) -> dict[str, Any]:
+    """What stands in a file beside the weights."""
+    return {"format": FORMAT, "nimg": nimg, "config": to_dict(config), "sha256": _digest(weights)} | more
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """A generator ready for use, and where it comes from."""
 
-    generator: nn.Module  # in eval mode, on `device`
+    generator: nn.Module  # in eval mode, on `device`; an OnnxGenerator where the file is an ONNX model
     config: Config
     nimg: int  # images it was trained on
     device: torch.device
     data: str = ""  # digest of the data set it was trained on; "" where that is not known
 
 
-def load_snapshot(path: Path, device: Device | torch.device = "cpu") -> Snapshot:
-    """Read a snapshot, or the newest one of a run's folder, to a device, where `auto` is the GPU if there is one."""
+def load_snapshot(path: Path, device: Device | torch.device = "cpu", kernels: Kernels = "auto") -> Snapshot:
+    """Read a snapshot, its ONNX export, or the newest snapshot of a run's folder, to a device; `auto`: a GPU if any.
+
+    What made it does not bind who uses it: a snapshot trained with kernels=triton serves on a CPU.
+    """
     device = _device(device) if isinstance(device, str) else device
     file = newest_snapshot(path) if path.is_dir() else path
     if not file.is_file():
         raise UserError(f"snapshot {file} does not exist; train makes them in RUN/{SNAPSHOTS}")
     try:
+        if file.suffix == SUFFIX:
+            model = OnnxGenerator(file, device)
+            values, config = _read(model.metadata, file)
+            return Snapshot(model, config, values["nimg"], device, str(values.get("data", "")))
         with safe_open(file, "pt") as opened:
-            header = (opened.metadata() or {}).get(METADATA)
-        if header is None:
-            raise UserError(f"{file} was not written by sega-dist: its header holds no configuration")
-        values = json.loads(header)
-        if values["format"] != FORMAT or type(values["nimg"]) is not int or values["nimg"] < 0:
-            raise ValueError(f"format {values['format']!r:.20}, nimg {values['nimg']!r:.20}")
-        config, state = validate(from_dict(values["config"], str(file))), load_file(file)
+            values, config = _read(opened.metadata() or {}, file)
+        state = load_file(file)
         if values.get("sha256", _digest(state)) != _digest(state):
             raise ValueError("its weights differ from their digest")
         if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
             raise ValueError("a weight is not finite")
-        # What made it does not bind who uses it: a snapshot trained with kernels=triton serves on a CPU.
-        generator = build_generator(dataclasses.replace(config, kernels="auto"))
+        generator = build_generator(dataclasses.replace(config, kernels=kernels))
         generator.load_state_dict(state)
         generator.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return Snapshot(generator, config, int(values["nimg"]), device, str(values.get("data", "")))
+        return Snapshot(generator, config, values["nimg"], device, str(values.get("data", "")))
     except OSError as error:
         raise UserError(f"cannot read snapshot {file}: {error.strerror or error}") from None
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
         reason = str(error).splitlines()[0][:120]
         raise UserError(f"{file} is not a whole snapshot ({type(error).__name__}: {reason})") from None
+
+
+def _read(metadata: dict[str, str], file: Path) -> tuple[dict[str, Any], Config]:
+    """The header's values and the configuration in it."""
+    if METADATA not in metadata:
+        raise UserError(f"{file} was not written by sega-dist: its header holds no configuration")
+    values = json.loads(metadata[METADATA])
+    if values["format"] != FORMAT or type(values["nimg"]) is not int or values["nimg"] < 0:
+        raise ValueError(f"format {values['format']!r:.20}, nimg {values['nimg']!r:.20}")
+    return values, validate(from_dict(values["config"], str(file)))
+
+
+def run_of(path: Path) -> Path:
+    """The run's folder of a snapshot, or of a folder with snapshots: where evaluate writes and export reads."""
+    folder = path if path.is_dir() else path.parent
+    return folder.parent if folder.name == SNAPSHOTS else folder
 
 
 def newest_snapshot(run: Path) -> Path:
@@ -87,7 +115,13 @@ def newest_snapshot(run: Path) -> Path:
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
-    return hashlib.sha256(save(tensors)).hexdigest()
+    return hashlib.sha256(save(_plain(tensors))).hexdigest()
+
+
+def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """As they stand in a file."""
+    return {name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+            for name, tensor in tensors.items()}  # fmt: skip
 
 
 def _device(name: Device) -> torch.device:

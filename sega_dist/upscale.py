@@ -24,7 +24,7 @@ OVERLAP = 16  # LR pixels at which neighbouring tiles see each other's content b
 class UpscaleCommand:
     """Enlarge a photograph, or every photograph of a folder, by the snapshot's scale."""
 
-    snapshot: SnapshotPath  # a .safetensors file, or a run's folder (its newest snapshot)
+    snapshot: SnapshotPath  # a .safetensors or .onnx file, or a run's folder (its newest snapshot)
     source: InPath  # an image, or a folder of images (with sub-folders)
     out: OutPath  # the image to write, or the folder for images of the same names
     batch: int = 8  # images of equal size at a time
