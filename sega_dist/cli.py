@@ -23,6 +23,7 @@ COMMANDS = {
     "slurm": ("sega_dist.slurm", "main", "a script for sbatch, filled in"),
     "doctor": ("sega_dist.doctor", "main", "what works on this machine, and how to mend what does not"),
     "evaluate": ("sega_dist.evaluate", "main", "PSNR and SSIM of a snapshot, with bicubic beside it"),
+    "report": ("sega_dist.report", "main", "one page about training runs: curves, faces, scores, settings"),
     "upscale": ("sega_dist.upscale", "main", "super-resolve photographs"),
     "bench kernels": (
         "sega_dist.bench.kernels",

@@ -90,9 +90,7 @@ class Report:
     def curves(self) -> None:
         """RUN/curves.png, from all lines so far."""
         if self.run is not None:
-            lines = (self.run / FILE).read_text(errors="replace").splitlines()
-            whole = [json.loads(line) for line in lines if math.isfinite(_position(line))]  # one may be half written
-            curves(whole, self.run / "curves.png")
+            curves(read_stats(self.run), self.run / "curves.png")
 
     def say(self, message: str) -> None:
         """A sentence for the person who watches."""
@@ -122,6 +120,13 @@ class Report:
         return "  ".join(parts)
 
 
+def read_stats(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of RUN/stats.jsonl, of which one may be half written; none where there is no such file."""
+    file = run / FILE
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines if math.isfinite(_position(line))]
+
+
 def memory_gb(device: torch.device) -> float:
     """Peak memory: of the device on a GPU, of this process elsewhere."""
     if device.type == "cuda":
@@ -140,5 +145,5 @@ def _drop_after(file: Path, nimg: int) -> None:
 def _position(line: str) -> float:
     try:
         return float(json.loads(line)["nimg"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")  # a line cut short by a crash

@@ -39,7 +39,7 @@ FLOORS: list[set[str]] = [
     {"players"},
     {"loop"},
     {"trials", "bench.measure", "bench.results", "bench.work"},
-    {"shard", "verify", "train", "evaluate", "upscale", "describe", "synthetic", "doctor", "slurm"},
+    {"shard", "verify", "train", "evaluate", "upscale", "describe", "synthetic", "doctor", "slurm", "report"},
     {"resume", "bench.kernels", "bench.scaling", "bench.step", "bench.data"},
     {"bench.gpu"},
     {"bench.gpu_step"},
