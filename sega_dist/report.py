@@ -73,7 +73,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def report(folders: Sequence[Path]) -> str:
     """The page about these runs' folders, in ASCII but for the template; UserError for what is not a run."""
-    runs = [_run(folder, label) for label, folder in labelled(folders).items()]
+    try:
+        runs = [_run(folder, label) for label, folder in labelled(folders).items()]
+    except RecursionError:
+        raise UserError("a config.json, or another JSON file of these runs, is nested deeper than any run's") from None
     settings = {key: [one["config"].get(key, "") for one in runs] for one in runs for key in one["config"]}
     page = {
         "version": version("sega-dist"), "made": _clock(time.time()), "charts": CHARTS, "dashed": DASHED, "runs": runs,

@@ -21,9 +21,9 @@ class Browser:
         theirs_in, ours_out = os.pipe()
         self.reading, self.writing, self.buffer, self.number = ours_in, ours_out, b"", 0
         self.events: list[dict[str, Any]] = []
-        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars", "--remote-debugging-pipe",
-                 "--proxy-server=http://127.0.0.1:9", "--disable-background-networking", "--disable-dev-shm-usage",
-                 f"--user-data-dir={profile}", "about:blank"]  # fmt: skip
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--hide-scrollbars",
+                 "--remote-debugging-pipe", "--proxy-server=http://127.0.0.1:9", "--disable-background-networking",
+                 "--disable-dev-shm-usage", f"--user-data-dir={profile}", "about:blank"]  # fmt: skip
         # Chromium speaks on descriptors 3 and 4; in a session of its own, so that it can be ended with its children.
         start = ["bash", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "bash", program, *flags]
         self.process = subprocess.Popen(start, pass_fds=(theirs_in, theirs_out), start_new_session=True,
