@@ -23,6 +23,7 @@ InPath = Annotated[Positional[Path], tyro.conf.arg(metavar="IN")]
 OutPath = Annotated[Positional[Path], tyro.conf.arg(metavar="OUT")]
 SnapshotPath = Annotated[Positional[Path], tyro.conf.arg(metavar="SNAPSHOT")]
 RunPath = Annotated[Positional[Path], tyro.conf.arg(metavar="RUN")]
+RunPaths = Annotated[Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN...")]
 ShardsPath = Annotated[Positional[Path], tyro.conf.arg(metavar="SHARDS")]
 
 

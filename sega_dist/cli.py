@@ -25,6 +25,7 @@ COMMANDS = {
     "doctor": ("sega_dist.doctor", "main", "what works on this machine, and how to mend what does not"),
     "evaluate": ("sega_dist.evaluate", "main", "PSNR and SSIM of a snapshot, with bicubic beside it"),
     "compare": ("sega_dist.compare", "main", "snapshots side by side: the paper's tables and figures"),
+    "report": ("sega_dist.report", "main", "one page about training runs: curves, faces, scores, settings"),
     "upscale": ("sega_dist.upscale", "main", "super-resolve photographs"),
     "export": ("sega_dist.export", "main", "a snapshot with its scores as one safetensors or ONNX file"),
     "bench kernels": (

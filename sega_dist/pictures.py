@@ -31,13 +31,23 @@ def grid(titles: list[str], rows: list[list[Panel]], side: int = 256) -> Image.I
     draw = ImageDraw.Draw(sheet)
     title_font, caption_font = ImageFont.load_default(16), ImageFont.load_default(13)
     for column, title in enumerate(titles):
-        x = MARGIN + column * (side + MARGIN)
+        x, _ = _corner(0, column, side, high)
         draw.text((x + side // 2, TITLE // 2), title, INK, title_font, anchor="mm")
         for number, row in enumerate(rows):
-            y = TITLE + number * (high + CAPTION + MARGIN)
+            _, y = _corner(number, column, side, high)
             sheet.paste(_shown(row[column].image, side), (x, y))
             draw.text((x + side // 2, y + high + CAPTION // 2), row[column].caption, GREY, caption_font, anchor="mm")
     return sheet
+
+
+def cut(sheet: Image.Image, side: int = 256) -> list[list[Image.Image]]:
+    """The inverse of `grid`: its panels as they are shown, row by row; ValueError for what is not such a sheet."""
+    columns, right = divmod(sheet.width - MARGIN, side + MARGIN)
+    rows, below = divmod(sheet.height - TITLE, side + CAPTION + MARGIN)
+    if right or below or columns < 1 or rows < 1:
+        raise ValueError(f"{sheet.width}x{sheet.height} pixels are no grid of panels of {side}")
+    corners = [[_corner(row, column, side, side) for column in range(columns)] for row in range(rows)]
+    return [[sheet.crop((x, y, x + side, y + side)) for x, y in row] for row in corners]
 
 
 def curves(entries: list[dict[str, Any]], path: Path) -> None:
@@ -70,6 +80,11 @@ def to_tensor(image: Image.Image) -> Tensor:
 def to_image(pixels: Tensor) -> Image.Image:
     """(3,H,W) uint8 as an RGB image."""
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().contiguous().numpy())
+
+
+def _corner(row: int, column: int, side: int, high: int) -> tuple[int, int]:
+    """Where a panel of a sheet, `side` wide and `high`, begins, in pixels from the left and from above."""
+    return MARGIN + column * (side + MARGIN), TITLE + row * (high + CAPTION + MARGIN)
 
 
 def _shown(pixels: Tensor, side: int) -> Image.Image:

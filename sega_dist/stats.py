@@ -145,5 +145,5 @@ def _drop_after(file: Path, nimg: int) -> None:
 def _position(line: str) -> float:
     try:
         return float(json.loads(line)["nimg"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return float("inf")  # a line cut short by a crash

@@ -42,7 +42,7 @@ FLOORS: list[set[str]] = [
     {"trials", "bench.measure", "bench.results", "bench.work"},
     {"scoring", "tables"},
     {"figures"},
-    {"shard", "verify", "train", "evaluate", "export", "upscale", "describe", "synthetic", "doctor", "slurm"},
+    {"shard", "verify", "train", "evaluate", "export", "upscale", "describe", "synthetic", "doctor", "slurm", "report"},
     {"comparison", "resume", "sweep", "bench.kernels", "bench.scaling", "bench.step", "bench.data"},
     {"bench.gpu", "compare"},
     {"bench.gpu_step"},
