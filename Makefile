@@ -40,7 +40,7 @@ $(BIN)/.program: pyproject.toml constraints.txt
 	touch $@
 
 $(BIN)/.dev: $(BIN)/.program
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,deepspeed,export]'
 	touch $@
 
 demo: $(BIN)/.program
