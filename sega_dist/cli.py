@@ -28,6 +28,7 @@ COMMANDS = {
     "report": ("sega_dist.report", "main", "one page about training runs: curves, faces, scores, settings"),
     "upscale": ("sega_dist.upscale", "main", "super-resolve photographs"),
     "export": ("sega_dist.export", "main", "a snapshot with its scores as one safetensors or ONNX file"),
+    "import": ("sega_dist.foreign", "main", "weights of BasicSR, ESRGAN, SRGAN-PyTorch as a snapshot"),
     "bench kernels": (
         "sega_dist.bench.kernels",
         "main",

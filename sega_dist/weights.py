@@ -18,6 +18,7 @@ from sega_dist.lpips import CHANNELS, Lpips
 from sega_dist.networks.vgg19 import Vgg19
 
 VARIABLE = "SEGA_DIST_VGG19"
+WRAPPERS = ("params_ema", "params", "ema_state_dict", "state_dict")  # under which programs save weights; the first wins
 URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"  # torchvision's VGG19_Weights.IMAGENET1K_V1, 548 MB
 
 
@@ -38,7 +39,7 @@ def load_lpips(weights: Path) -> Lpips:
     Raises UserError if there are no weights, or they do not fit.
     """
     package = importlib.resources.files("torchmetrics.functional.image")
-    linear = _read(Path(str(package / "lpips_models/alex.pth")), "torchmetrics >= 1.6")
+    linear = read_state(Path(str(package / "lpips_models/alex.pth")), "torchmetrics >= 1.6")
     network = Lpips(torch.cat([linear[f"lin{number}.model.1.weight"].flatten() for number in range(len(CHANNELS))]))
     _fill(network, "AlexNet", weights, "--lpips-weights PATH")
     return network
@@ -46,7 +47,7 @@ def load_lpips(weights: Path) -> Lpips:
 
 def _fill(network: nn.Module, kind: str, file: Path, option: str) -> None:
     """Fill `network` from a file that may hold more, or say in one line why it cannot."""
-    state, wanted = _read(file, option), network.state_dict()
+    state, wanted = read_state(file, option), network.state_dict()
     missing = [key for key in wanted if key not in state]
     if missing:
         raise UserError(f"{file} has no {missing[0]}: it must hold {kind} with torchvision's key names")
@@ -60,7 +61,8 @@ def _fill(network: nn.Module, kind: str, file: Path, option: str) -> None:
     network.load_state_dict({key: state[key].to(wanted[key].dtype) for key in wanted})
 
 
-def _read(file: Path, option: str) -> dict[str, Tensor]:
+def read_state(file: Path, option: str) -> dict[str, Tensor]:
+    """The tensors of a .pth or .safetensors file, or of the best that a training program's file holds."""
     if not file.is_file():
         raise UserError(f"weight file {file} does not exist; give it by {option}")
     try:
@@ -70,6 +72,8 @@ def _read(file: Path, option: str) -> dict[str, Tensor]:
     except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise UserError(f"cannot read weight file {file}: {reason}") from None
+    if isinstance(state, dict):
+        state = next((state[key] for key in WRAPPERS if isinstance(state.get(key), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{file} is not a state dict of tensors")
     return state
