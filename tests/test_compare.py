@@ -473,6 +473,9 @@ def test_bad_input(runs: Path, manifest: Manifest, tmp_path: Path):
         content = bytearray(tar.read_bytes())
         content[2000:2100] = bytes(100)
         tar.write_bytes(content)
+    odd = shutil.copytree(manifest.folder, tmp_path / "odd")
+    for file in odd.glob("*.json"):
+        file.write_text(re.sub(r'"size": 64', '"size": 68', file.read_text()))
     niqe = tmp_path / "none.npz"
     good = runs / "s0"
     cases: list[tuple[list[object], str]] = [
@@ -480,7 +483,8 @@ def test_bad_input(runs: Path, manifest: Manifest, tmp_path: Path):
         ([tmp_path / "none"], "does not exist"),
         ([f"A={tmp_path / 'none'}"], "does not exist"),
         ([good, "--baselines", "bicubc"], "did you mean bicubic"),
-        ([good, "--split", "val"], "val"),
+        ([runs / "x8", "--data", odd], "68 pixels do not divide by scale 8"),
+        ([good, "--split", "val"], "no split 'val'"),
         ([good, "--split", "tset"], "did you mean test"),
         ([astray], "values that are not numbers"),
         ([good, "--against", "nobody"], "--against 'nobody'"),
