@@ -4,6 +4,7 @@ Writes the paper's tables 1 and 3 with its own figures beside ours, figures 4 an
 On several processes by `accelerate launch -m sega_dist.compare` with the same arguments.
 """
 
+import io
 import itertools
 import json
 import math
@@ -18,7 +19,7 @@ from tyro.conf import Positional
 
 from sega_dist import config as configuration
 from sega_dist.arguments import Device, parse
-from sega_dist.comparison import Compared, make_tables
+from sega_dist.comparison import Compared, make_tables, speeds
 from sega_dist.data.images import ShardReader
 from sega_dist.data.remote import open_shards
 from sega_dist.data.shards import write_whole
@@ -83,13 +84,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def compare(command: CompareCommand, world: World) -> list[Table]:
     """Score everything, and write the results on the first rank; returns the tables there."""
-    if command.batch < 1 or command.shown < 0 or not 0 < command.zoom[2] <= 1:
-        raise UserError("--batch must be 1 or more, --shown 0 or more, --zoom's width in (0, 1]")
-    for name in command.baselines:
-        if name not in CLASSICAL:
-            raise UserError(f"--baselines: unknown {name!r}{closest(name, list(CLASSICAL))} ({', '.join(CLASSICAL)})")
+    _check(command)
     reader = ShardReader(open_shards(command.data), command.split)
     entries = load(command, world)
+    _check_names(command, entries)
     scales = sorted({entry.snapshot.config.scale for entry in entries})
     for scale in scales:
         if reader.manifest.size % scale:
@@ -113,10 +111,22 @@ def compare(command: CompareCommand, world: World) -> list[Table]:
     if not world.is_main:
         return []
     tables = make_tables(compared, judge.names, command.against, len(reader))
-    write(command, tables, found, compared, stamp)
+    command.out.mkdir(parents=True, exist_ok=True)
     for scale in scales if command.shown else ():
         draw(command, scale, found[scale], dict(reversed(pictured[scale].items())))
-    return tables
+    write(command, tables, found, compared, stamp)
+    return [*tables, speeds(compared)]
+
+
+def _check(command: CompareCommand) -> None:
+    left, top, width = command.zoom
+    if command.batch < 1 or command.shown < 0:
+        raise UserError("--batch must be 1 or more, --shown 0 or more")
+    if not (0 <= left <= 1 and 0 <= top <= 1 and 0.02 <= width <= 1):
+        raise UserError("--zoom: left and top must be from 0 to 1, width from 0.02 to 1, in sides of a face")
+    for name in command.baselines:
+        if name not in CLASSICAL:
+            raise UserError(f"--baselines: unknown {name!r}{closest(name, list(CLASSICAL))} ({', '.join(CLASSICAL)})")
 
 
 def load(command: CompareCommand, world: World) -> list[Entry]:
@@ -125,12 +135,39 @@ def load(command: CompareCommand, world: World) -> list[Entry]:
         raise UserError("compare needs snapshots: sega-dist compare [NAME=]SNAPSHOT ... --data SHARDS")
     entries = []
     for word in command.snapshots:
-        name, _, path = word.rpartition("=") if not Path(word).exists() else ("", "", word)
+        name, path = _name_and_path(word)
         snapshot = load_snapshot(Path(path), world.device)
         entries.append(Entry(name or method_name(snapshot.config) or _stem(Path(path)), Path(path), snapshot))
     for one, other in itertools.combinations(entries, 2):
         _check_pair(one, other, command.mixed_data)
     return entries
+
+
+def _name_and_path(word: str) -> tuple[str, str]:
+    """NAME=PATH or PATH; both may hold signs of equality, so that what exists decides."""
+    if Path(word).exists():
+        return "", word
+    cuts = [number for number, character in enumerate(word) if character == "="]
+    at = next((cut for cut in cuts if word[cut + 1 :] and Path(word[cut + 1 :]).exists()), max(cuts, default=-1))
+    return word[: max(at, 0)], word[at + 1 :]
+
+
+def _check_names(command: CompareCommand, entries: list[Entry]) -> None:
+    """A name must stand for one row of the tables, one column of the scores and one of the figures."""
+    names = [entry.name for entry in entries]
+    for name in names:
+        if name.lower() in (*CLASSICAL, "hr", "lr"):
+            raise UserError(f"the name {name} stands for something else; give another: NAME=PATH")
+    for scale in {entry.snapshot.config.scale for entry in entries}:
+        here = [entry for entry in entries if entry.snapshot.config.scale == scale]
+        columns = [_column(entry, here) for entry in here]
+        for column in columns:
+            if columns.count(column) > 1:
+                raise UserError(f"the name {column} stands for two snapshots at x{scale}; give another: NAME=PATH")
+    known = [*dict.fromkeys(names), *(name.capitalize() for name in command.baselines)]
+    if command.against and command.against not in known:
+        near = closest(command.against, known)
+        raise UserError(f"--against {command.against!r} is not compared{near} ({', '.join(known)})")
 
 
 def _check_pair(one: Entry, other: Entry, is_mixed_allowed: bool) -> None:
@@ -172,9 +209,8 @@ def summarise(found: Scores, columns: dict[str, Entry], ranks: int) -> list[Comp
 
 def write(command: CompareCommand, tables: list[Table], found: dict[int, Scores],
           compared: dict[int, list[Compared]], stamp: dict[str, Any]) -> None:  # fmt: skip
-    """All files of the results; the JSON, which programs wait for, last."""
+    """All files of the results but figures; the JSON, which programs wait for, last."""
     out = command.out
-    out.mkdir(parents=True, exist_ok=True)
     for suffix, render in (("md", as_markdown), ("csv", as_csv), ("tex", as_latex)):
         write_whole(out / f"comparison.{suffix}", "\n\n".join(render(table) for table in tables).encode())
     for scale, scores in found.items():
@@ -191,8 +227,10 @@ def _json(method: Compared, metrics: tuple[str, ...]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for number, name in enumerate(metrics):
         numbers = [float(method.values[:, number].mean()), *interval(method.values[:, number])]
-        mean, low, high = (value if math.isfinite(value) else None for value in numbers)
-        values[name] = {"mean": mean, "low": low, "high": high, "seeds": method.seeds[:, number].tolist()}
+        mean, low, high, *seeds = (
+            value if math.isfinite(value) else None for value in [*numbers, *method.seeds[:, number].tolist()]
+        )
+        values[name] = {"mean": mean, "low": low, "high": high, "seeds": seeds}
     return values
 
 
@@ -204,7 +242,8 @@ def draw(command: CompareCommand, scale: int, found: Scores, columns: dict[str, 
     for number, names in ((4, others), (5, ablations if len(ablations) > 1 else [])):
         if names:
             shown = {name: columns.get(name, name) for name in names}
-            figure(found, shown, command.zoom).save(command.out / f"fig{number}-x{scale}.png")
+            figure(found, shown, command.zoom).save(png := io.BytesIO(), "png")
+            write_whole(command.out / f"fig{number}-x{scale}.png", png.getvalue())
 
 
 def _column(entry: Entry, entries: list[Entry]) -> str:

@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from sega_dist.errors import UserError
 from sega_dist.evaluate import HEADINGS
 from sega_dist.intervals import interval
 from sega_dist.paper import OURS, TABLE_1, TABLE_3, Printed
@@ -70,7 +69,7 @@ def _mean(method: Compared, number: int, metric: str) -> Cell:
     detail, (low, high) = "", interval(values)
     if math.isfinite(low):
         detail += f" [{low:.{digits}f}, {high:.{digits}f}]"
-    if len(method.seeds) > 1:
+    if len(method.seeds) > 1 and np.isfinite(method.seeds[:, number]).all():
         detail += f" +-{method.seeds[:, number].std(ddof=1):.{digits}f} ({len(method.seeds)})"
     return Cell(f"{values.mean():.{digits}f}", float(values.mean()), detail)
 
@@ -84,9 +83,8 @@ def _printed(values: tuple[float, float | None] | None) -> Cell:
 def _leads(scale: int, methods: list[Compared], against: str) -> Table:
     """How far one method is above each other one, image by image."""
     names = [method.name for method in methods]
-    first = against or (OURS if OURS in names else next((m.name for m in methods if m.parameters), names[0]))
-    if first not in names:
-        raise UserError(f"--against {first!r} is not compared at x{scale}: {', '.join(names)}")
+    default = OURS if OURS in names else next((m.name for m in methods if m.parameters), names[0])
+    first = against if against in names else default  # it may be compared at another scale alone
     ours = methods[names.index(first)]
     rows = [Row(method.name, _lead(ours, method)) for method in methods if method is not ours]
     headings = (f"{first} minus", "PSNR dB", "SSIM", "images won")
@@ -96,19 +94,26 @@ def _leads(scale: int, methods: list[Compared], against: str) -> Table:
 
 def _costs(scale: int, methods: list[Compared]) -> Table:
     """What each method took and takes."""
-    rows = [Row(m.name, (Cell(f"{m.nimg:,}", m.nimg), Cell(f"{m.parameters:,}", m.parameters),
-                         Cell(f"{m.images_per_s:.3g}", m.images_per_s))) for m in methods]  # fmt: skip
-    headings = ("method", "images seen", "parameters", "images/s")
-    return Table(
-        f"x{scale}: costs", headings, tuple(rows), "Images/s: super-resolving alone, on the machine that scored."
-    )
+    rows = [Row(m.name, (Cell(f"{m.nimg:,}", m.nimg), Cell(f"{m.parameters:,}", m.parameters))) for m in methods]
+    return Table(f"x{scale}: costs", ("method", "images seen", "parameters"), tuple(rows), "Images seen in training.")
+
+
+def speeds(compared: dict[int, list[Compared]]) -> Table:
+    """For terminals alone: files hold what is the same bits each time."""
+    rows = [Row(f"x{scale} {m.name}", (Cell(f"{m.images_per_s:.3g}", m.images_per_s),))
+            for scale, methods in compared.items() for m in methods]  # fmt: skip
+    return Table("speed", ("method", "images/s"), tuple(rows), "Super-resolving alone, on the machine that scored.")
 
 
 def _lead(ours: Compared, other: Compared) -> tuple[Cell, ...]:
     cells = []
     for number, digits in ((0, 2), (1, 4)):
-        lead = ours.values[:, number] - other.values[:, number]
+        with np.errstate(invalid="ignore"):  # of two infinite scores: no lead
+            lead = ours.values[:, number] - other.values[:, number]
         low, high = interval(lead)
+        if not math.isfinite(low):
+            cells.append(Cell("-"))
+            continue
         cells.append(Cell(f"{lead.mean():+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]", float(lead.mean())))
     won = float((ours.values[:, 0] > other.values[:, 0]).mean())
     return (*cells, Cell(f"{won:.0%}", won))

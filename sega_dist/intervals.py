@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-RESAMPLES = 4000
+RESAMPLES, AT_ONCE = 4000, 100  # all at once would be 1.3 GB for CelebA's 19,962 test images
 LEVEL = 0.95
 
 
@@ -15,6 +15,7 @@ def interval(values: NDArray[np.float64], seed: int = 0) -> tuple[float, float]:
     """
     if not np.isfinite(values).all():
         return float("nan"), float("nan")
-    draws = np.random.default_rng(seed).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(values[draws].mean(1), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    generator, size = np.random.default_rng(seed), (AT_ONCE, len(values))
+    means = [values[generator.integers(len(values), size=size)].mean(1) for _ in range(RESAMPLES // AT_ONCE)]
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)

@@ -137,7 +137,7 @@ def score(world: World, reader: ShardReader, scale: int, methods: dict[str, Supe
     pictures, names = world.sum_of(pictures).cpu(), [reader.name(i) for i in range(count)]
     made = sum(map(len, parts))
     speeds = {method: made / spent if spent else 0.0 for method, spent in seconds.items()}
-    seen_faces = _faces(reader, scale, pictures, tuple(methods)) if world.is_main else {}
+    seen_faces = _faces(reader, scale, pictures, tuple(methods)) if world.is_main and shown else {}
     return Scores(tuple(methods), judge.names, names, world.sum_of(values).cpu(), seen_faces, speeds)
 
 

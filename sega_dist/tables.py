@@ -2,9 +2,13 @@
 
 import csv
 import io
+import re
 from typing import NamedTuple
 
 from rich import box, table
+from rich.text import Text
+
+ESCAPES = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
 
 
 class Cell(NamedTuple):
@@ -33,15 +37,15 @@ class Table(NamedTuple):
 
 
 def as_terminal(content: Table) -> table.Table:
-    """The rows that hold a number, without what is put aside and without details."""
-    shown = table.Table(title=content.title, caption=content.note, box=box.SIMPLE, title_justify="left")
+    """The rows that hold a number, without what is put aside and without details; brackets are no markup."""
+    shown = table.Table(title=Text(content.title), caption=content.note, box=box.SIMPLE, title_justify="left")
     columns = [number for number, heading in enumerate(content.headings) if heading not in content.aside]
     for number in columns:
-        shown.add_column(content.headings[number], justify="right" if number else "left", overflow="fold")
+        shown.add_column(Text(content.headings[number]), justify="right" if number else "left", overflow="fold")
     for row in content.rows:
         texts = [row.name, *(cell.text for cell in row.cells)]
         if any(cell.value is not None for cell in row.cells):
-            shown.add_row(*(texts[number] for number in columns))
+            shown.add_row(*(Text(texts[number]) for number in columns))
     return shown
 
 
@@ -74,6 +78,6 @@ def as_latex(content: Table) -> str:
 
 
 def _escaped(text: str) -> str:
-    for character in "\\{}&%$#_":
-        text = text.replace(character, "\\textbackslash " if character == "\\" else f"\\{character}")
+    text = re.sub(r"[\\{}&%$#_~^]", lambda found: ESCAPES.get(found[0], f"\\{found[0]}"), text)
+    text = "{}" + text if text.startswith(("[", "*")) else text  # else the argument of the line break before
     return text.replace("+-", "$\\pm$")
