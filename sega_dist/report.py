@@ -148,7 +148,7 @@ def _measured(entries: Entries, config: dict[str, str]) -> Facts:
     if wait := of["data_wait"]:
         facts["data wait"] = f"{median(wait):.1%}", f"median; last {wait[-1]:.1%}"
     if memory := of["memory_gb"]:
-        facts["peak memory"] = f"{max(memory):.3g} GB", ""
+        facts["peak memory"] = f"{max(memory):,.4g} GB", ""
     return facts
 
 
