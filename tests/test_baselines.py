@@ -100,9 +100,7 @@ def test_generator_parameters(method: str, x4: int, x8: int):
 
 
 @pytest.mark.parametrize("scale", [4, 8])
-@pytest.mark.parametrize(
-    ("method", "expected"), [("srgan", 23_563_649), ("esrgan", 21_055_049), ("urdgn", 25_733_793)]
-)
+@pytest.mark.parametrize(("method", "expected"), [("srgan", 23_563_649), ("esrgan", 21_055_049), ("urdgn", 25_733_793)])
 def test_discriminator_parameters(method: str, expected: int, scale: int):
     biases = {"norm": {"conv_bias": True}, "discriminator": {"last_bias": "yes"}}
     assert count(build_discriminator(with_(preset(f"{method}_x{scale}"), **biases))) == expected
@@ -134,7 +132,7 @@ def test_shapes(method: str, scale: int):
 def test_sixteen_times(method: str):
     config = dataclasses.replace(reduced(method), scale=16)
     if method == "urdgn":
-        with pytest.raises(UserError, match="scale is 16; it must be 4 or 8 for generator.kind urdgn"):
+        with pytest.raises(UserError, match=r"scale is 16; it must be 4 or 8 for generator.kind urdgn"):
             configuration.validate(with_(config, data={"size": 256}))
     else:
         assert build_generator(config).eval()(torch.rand(1, 3, 5, 4)).shape == (1, 3, 80, 64)
@@ -461,7 +459,7 @@ def test_clip_bounds_the_gradient(gradient: float, bounded: float):
     before = player.raw.weight.detach().clone()
     player.backward_and_step(gradient * player.raw.weight.sum())
     assert player.raw.weight.grad.norm() == pytest.approx(bounded, rel=1e-4)
-    assert (player.raw.weight - before).detach().norm() == pytest.approx(0.1 * bounded, rel=1e-2)  # weight decay is the rest
+    assert (player.raw.weight - before).detach().norm() == pytest.approx(0.1 * bounded, rel=1e-2)
 
 
 @pytest.mark.parametrize("change", [{"optimizer": "sgd"}, {"optimizer": "rmsprop"}, {"clip": 0.1}])
@@ -607,7 +605,7 @@ def test_every_weight_has_its_optimizers_memory_saved(manifest: Manifest, tmp_pa
 def test_milestones_refuse_another_length(manifest: Manifest, tmp_path: Path):
     start(manifest, tmp_path / "run", "vdsr_x4", "--train.images", 8)
     words = ["--data", str(manifest.folder), "--out", str(tmp_path / "run"), "--resume", "latest"]
-    with pytest.raises(UserError, match="train.images: 8 -> 16"):
+    with pytest.raises(UserError, match=r"train\.images: 8 -> 16"):
         train.main([*words, "--train.images", "16"])
 
 
