@@ -35,12 +35,16 @@ def _contexts(stage: nn.Module) -> tuple[AbstractContextManager[None], AbstractC
 
 @contextlib.contextmanager
 def _statistics_kept(stage: nn.Module) -> Iterator[None]:
-    """Running statistics have seen this batch: the second forward must not show it to them again."""
+    """Running statistics have seen this batch: the second forward shows it to copies.
+
+    Batch norm without them would remember fewer tensors for backward than it did the first time, which torch refuses.
+    """
     norms = [layer for layer in stage.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    kept = [dict(norm._buffers) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm._buffers.update({name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)})
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, buffers in zip(norms, kept, strict=True):
+            norm._buffers.update(buffers)

@@ -89,8 +89,11 @@ class FsrNet(nn.Module):
         )  # fmt: skip
         self.decoder = nn.Sequential(
             convolution(3 * width, width, norm),
-            nn.ConvTranspose2d(width, width, 3, 2, 1, output_padding=1, bias=False),
-            batch_norm(width, norm), nn.ReLU(inplace=True), *self._blocks(3, width, norm), self._image(width, 3),
+            nn.Sequential(  # one stage of activation checkpointing: its ReLU overwrites what a stage must keep
+                nn.ConvTranspose2d(width, width, 3, 2, 1, output_padding=1, bias=False),
+                batch_norm(width, norm), nn.ReLU(inplace=True),
+            ),
+            *self._blocks(3, width, norm), self._image(width, 3),
         )  # fmt: skip
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
