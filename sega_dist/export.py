@@ -88,14 +88,10 @@ def write_onnx(out: Path, snapshot: Snapshot, evaluated: dict[str, Any]) -> None
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         program, file = to_onnx(snapshot.generator), Path(folder) / out.name
         program.save(file, external_data=False)
-        more = {
-            "data": snapshot.data,
-            "opset": OPSET,
-            "check": compare(OnnxGenerator(file, torch.device("cpu")), snapshot),
-            **evaluated,
-        }
-        weights = snapshot.generator.state_dict()
-        program.model.metadata_props[METADATA] = json.dumps(header(snapshot.nimg, snapshot.config, weights, **more))
+        check, weights = compare(OnnxGenerator(file, torch.device("cpu")), snapshot), snapshot.generator.state_dict()
+        values = header(snapshot.nimg, snapshot.config, weights, data=snapshot.data, opset=OPSET, check=check,
+                        **evaluated)  # fmt: skip
+        program.model.metadata_props[METADATA] = json.dumps(values)
         program.save(file, external_data=False)
         write_whole(out, file.read_bytes())
 
@@ -114,12 +110,9 @@ def to_onnx(generator: nn.Module) -> Any:
 
 
 def compare(exported: nn.Module, snapshot: Snapshot) -> dict[str, Any]:
-    """The largest difference on noise of four shapes; UserError where it is above the tolerance.
-
-    One is odd: a network that asks whether a size divides by four keeps the example's answer once it is exported.
-    """
+    """The largest difference on noise of four shapes, one of them odd; UserError where it is above the tolerance."""
     noise, side, worst = torch.Generator().manual_seed(0), snapshot.config.lr_size, 0.0
-    shapes = [(1, 3, 16, 16), (3, 3, 24, 40), (2, 3, 17, 23), (1, 3, side, side)]
+    shapes = [(1, 3, 16, 16), (3, 3, 24, 40), (2, 3, 17, 23), (1, 3, side, side)]  # a branch on sizes shows at odd ones
     for shape in shapes:
         lr = torch.rand(shape, generator=noise) * 2 - 1
         expected, found = snapshot.generator(lr), exported(lr)

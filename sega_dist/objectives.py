@@ -151,7 +151,8 @@ class Objective:
         adversarial = weights["adv"] * self.adversarial(discriminator, batch, targets, sr)
         squares = [_full(torch.autograd.grad(loss, sr)[0]).square().sum() for loss in (adversarial, others)]
         of_adversarial, of_others = self.global_means(squares[0].view(1, 1), squares[1].view(1, 1))
-        return {"adv_gradient_ratio": (of_adversarial / of_others).sqrt().detach()}
+        ratio = (of_adversarial / of_others).sqrt().detach()
+        return {"adv_gradient_ratio": ratio.nan_to_num(0, 0)}  # fp16 may overflow here: no reason to end a run
 
     def content(self, targets: Targets, sr: Tensor) -> Tensor:
         """Distance of VGG19's features."""

@@ -108,7 +108,8 @@ def verify_main(argv: list[str] | None = None) -> None:
 
 def _prove(proof: Proof, config: Config, device: Device, rest: list[str], folder: Path) -> None:
     tick = config.train.batch_size / 1000
-    every_step = dataclasses.replace(config.train, tick_kimg=tick, checkpoint_kimg=1e9, grid_kimg=1e9)
+    # Milestones are shares of a run's length, which a stop by --train.images changes.
+    every_step = dataclasses.replace(config.train, tick_kimg=tick, checkpoint_kimg=1e9, grid_kimg=1e9, milestones=())
     (folder / "config.json").write_text(json.dumps(to_dict(dataclasses.replace(config, train=every_step)), indent=1))
     whole, stopped, n = folder / "whole", folder / "stopped", config.train.batch_size
     launcher = proof.resume_launcher or proof.launcher
