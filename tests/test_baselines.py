@@ -544,6 +544,7 @@ def test_dry_run(method: str, scale: int, capsys: pytest.CaptureFixture):
     assert json.loads(capsys.readouterr().out) == configuration.to_dict(preset(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_each_method_trains(method: str, manifest: Manifest, weights: Path, tmp_path: Path, monkeypatch: Any):
     """Those that need no VGG19 must not ask for it; D's methods tell the ratio of gradients where D plays."""
@@ -559,6 +560,7 @@ def test_each_method_trains(method: str, manifest: Manifest, weights: Path, tmp_
     assert [("loss_content" in entry) for entry in entries] == [d and method in WITH_VGG19 for d in has_d]
 
 
+@pytest.mark.slow
 def test_the_ratio_of_a_long_tick_is_that_of_its_last_step(manifest: Manifest, tmp_path: Path):
     short = start(manifest, tmp_path / "short", "urdgn_x4", "--train.images", 12)
     long = start(manifest, tmp_path / "long", "urdgn_x4", "--train.images", 12, "--train.tick-kimg", 0.012)
@@ -566,6 +568,7 @@ def test_the_ratio_of_a_long_tick_is_that_of_its_last_step(manifest: Manifest, t
     assert long[0]["adv_gradient_ratio"] == short[-1]["adv_gradient_ratio"]
 
 
+@pytest.mark.slow
 def test_training_uses_the_milestones(manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rates, step = [], Player.backward_and_step
 
@@ -579,6 +582,7 @@ def test_training_uses_the_milestones(manifest: Manifest, tmp_path: Path, monkey
     assert rates == [[rate] for rate in (0.01, 0.01, 0.005, 0.005, 0.0025, 0.0025, 0.0025, 0.0025)]  # D, then G
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "kept"), [("vdsr", "momentum_buffer"), ("urdgn", "square_avg")])
 def test_stop_and_resume_is_no_stop_bit_for_bit(method: str, kept: str, manifest: Manifest, tmp_path: Path):
     whole, again = tmp_path / "whole", tmp_path / "again"

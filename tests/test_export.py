@@ -25,6 +25,8 @@ from sega_dist.networks import generator as network
 from sega_dist.networks.build import build_generator
 from sega_dist.snapshot import load_snapshot, save_snapshot
 
+pytestmark = pytest.mark.slow  # torch's exporter takes half a minute to start
+
 CONFIG = Config(data=DataConfig(size=64), generator=GeneratorConfig(channels=4, nested_blocks=1), kernels="reference")
 CPU = torch.device("cpu")
 NONE = {"protocol": None, "scores": None}
