@@ -37,7 +37,9 @@ class OnnxGenerator(nn.Module):
                          state.NotImplemented, state.RuntimeException, ValueError)  # fmt: skip
         try:
             with warnings.catch_warnings(action="ignore"):  # of an absent provider, which is found out below
-                self.session = onnxruntime.InferenceSession(file, options, providers=[PROVIDERS[device.type]])
+                self.session = onnxruntime.InferenceSession(
+                    file, options, providers=[PROVIDERS[device.type]], enable_fallback=0
+                )
         except self.refusals as error:
             raise UserError(f"{file} is not an ONNX model that onnxruntime can read{_reason(error)}") from None
         if PROVIDERS[device.type][0] not in self.session.get_providers():
