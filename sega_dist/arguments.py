@@ -47,6 +47,7 @@ def split(command: type, argv: list[str]) -> tuple[list[str], list[str]]:
     """The words for `command`, each option with its value or its values, and those for another program."""
     ours, theirs, taking = list[str](), list[str](), 0.0  # words that the option takes, itself among them
     options = {f"--{key.rpartition('.')[2].replace('_', '-')}": kind for key, kind in keys(command).items()}
+    options |= {f"--no-{name[2:]}": kind for name, kind in options.items() if kind is bool}
     options |= {"-h": bool, "--help": bool}
     for word in argv:
         name, has_value = word.partition("=")[0].replace("_", "-"), "=" in word
@@ -58,6 +59,14 @@ def split(command: type, argv: list[str]) -> tuple[list[str], list[str]]:
             taking = 0 if is_next else max(taking - 1, 0)
         (ours if taking else theirs).append(word)
     return ours, theirs
+
+
+def check_folder(path: Path) -> Path:
+    """The same path, of a folder that is there or may be made; UserError for a file."""
+    first = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not first.is_dir():
+        raise UserError(f"{first} is not a folder; name another")
+    return path
 
 
 def share(part: str) -> tuple[int, int]:

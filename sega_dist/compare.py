@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -18,7 +19,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from sega_dist import config as configuration
-from sega_dist.arguments import Device, parse
+from sega_dist.arguments import Device, check_folder, parse
 from sega_dist.comparison import Compared, make_tables, speeds
 from sega_dist.data.images import ShardReader
 from sega_dist.data.remote import open_shards
@@ -79,7 +80,8 @@ def main(argv: list[str] | None = None) -> None:
         console = Console()
         for table in tables:
             console.print(as_terminal(table))
-        print(f"results in {command.out}: comparison.md, .csv, .tex, .json, per_image-x*.csv, fig4-x*.png, fig5-x*.png")
+        written = sorted(file.name for file in command.out.iterdir() if is_ours(file))
+        print(f"results in {command.out}: {', '.join(written)}")
 
 
 def compare(command: CompareCommand, world: World) -> list[Table]:
@@ -110,15 +112,29 @@ def compare(command: CompareCommand, world: World) -> list[Table]:
         pictured[scale] = {entry.name: column for column, entry in reversed(columns.items())}  # the first seed's
     if not world.is_main:
         return []
-    tables = make_tables(compared, judge.names, command.against, len(reader))
+    tables = make_tables(compared, judge.names, command.against, described(reader, entries))
     command.out.mkdir(parents=True, exist_ok=True)
+    for file in filter(is_ours, list(command.out.iterdir())):
+        file.unlink(missing_ok=True)  # of an earlier comparison: half of it would pass for ours
     for scale in scales if command.shown else ():
         draw(command, scale, found[scale], dict(reversed(pictured[scale].items())))
     write(command, tables, found, compared, stamp)
     return [*tables, speeds(compared)]
 
 
+def described(reader: ShardReader, entries: list[Entry]) -> str:
+    """What was scored, and whether somebody learned from it."""
+    is_seen = reader.side == "train" and any(entry.snapshot.data == reader.manifest.digest for entry in entries)
+    return f"{len(reader)} images" + (", on which these networks were trained" if is_seen else "")
+
+
+def is_ours(file: Path) -> bool:
+    """Whether it is a result of this command."""
+    return re.fullmatch(r"comparison\.(md|csv|tex|json)|per_image-x\d+\.csv|fig[45]-x\d+\.png", file.name) is not None
+
+
 def _check(command: CompareCommand) -> None:
+    check_folder(command.out)
     left, top, width = command.zoom
     if command.batch < 1 or command.shown < 0:
         raise UserError("--batch must be 1 or more, --shown 0 or more")
@@ -172,12 +188,12 @@ def _check_names(command: CompareCommand, entries: list[Entry]) -> None:
 
 def _check_pair(one: Entry, other: Entry, is_mixed_allowed: bool) -> None:
     a, b = one.snapshot, other.snapshot
-    if a.data and b.data and a.data != b.data and not is_mixed_allowed:
-        raise UserError(
-            f"{one.path} was trained on data set {a.data[:12]}, {other.path} on {b.data[:12]}: not the same split;"
-            " --mixed-data compares them all the same"
-        )
-    if one.name != other.name or a.config.scale != b.config.scale:
+    is_one_row = one.name == other.name and a.config.scale == b.config.scale
+    if a.data and b.data and a.data != b.data and (is_one_row or not is_mixed_allowed):
+        way = "give them names: NAME=PATH" if is_mixed_allowed else "--mixed-data compares them all the same"
+        raise UserError(f"{one.path} was trained on data set {a.data[:12]}, {other.path} on {b.data[:12]}:"
+                        f" not the same split; {way}")  # fmt: skip
+    if not is_one_row:
         return
     before, after = (configuration.flat(configuration.to_dict(config)) for config in (a.config, b.config))
     apart = [key for key in before if key not in CONFIGURATION_FREE and before[key] != after[key]]
@@ -203,7 +219,7 @@ def summarise(found: Scores, columns: dict[str, Entry], ranks: int) -> list[Comp
         snapshot = columns[mine[0]].snapshot
         count = sum(parameter.numel() for parameter in snapshot.generator.parameters())
         speed = float(np.mean([speeds[column] for column in mine]))
-        rows.append(Compared(name, of_seeds.mean(0), of_seeds.mean(1), snapshot.nimg, count, speed))
+        rows.append(Compared(name, of_seeds.mean(0), of_seeds.mean(1), snapshot.nimg, count, speed, snapshot.data))
     return rows
 
 
@@ -216,7 +232,7 @@ def write(command: CompareCommand, tables: list[Table], found: dict[int, Scores]
     for scale, scores in found.items():
         write_per_image(out / f"per_image-x{scale}.csv", scores)
     rows = [{"scale": scale, "method": method.name, "seeds": len(method.seeds), "nimg": method.nimg,
-             "parameters": method.parameters} | _json(method, found[scale].metrics)
+             "parameters": method.parameters, "trained_on": method.data} | _json(method, found[scale].metrics)
             for scale, methods in compared.items() for method in methods]  # fmt: skip
     values = {"protocol": stamp, "images": len(next(iter(found.values())).names), "rows": rows}
     write_whole(out / "comparison.json", (json.dumps(values, indent=1, allow_nan=False) + "\n").encode())

@@ -27,10 +27,11 @@ class Compared(NamedTuple):
     nimg: int
     parameters: int
     images_per_s: float
+    data: str = ""  # digest of the data set that it was trained on
 
 
 def make_tables(
-    compared: dict[int, list[Compared]], metrics: tuple[str, ...], against: str, images: int
+    compared: dict[int, list[Compared]], metrics: tuple[str, ...], against: str, images: str
 ) -> list[Table]:
     """Table 1, table 3 where two of its rows are compared, and for each scale leads and costs."""
     of_methods: dict[str, dict[int, Compared]] = {}
@@ -40,7 +41,7 @@ def make_tables(
     ablations = {name: scales for name, scales in of_methods.items() if name in TABLE_3}
     others = {name: scales for name, scales in of_methods.items() if name not in TABLE_3 or name == OURS}
     shown = [("Table 1", others, TABLE_1)] + ([("Table 3", ablations, TABLE_3)] if len(ablations) > 1 else [])
-    tables = [_table(f"{title}: {images} images", rows, printed, list(compared), metrics)
+    tables = [_table(f"{title}: {images}", rows, printed, list(compared), metrics)
               for title, rows, printed in shown]  # fmt: skip
     for scale, methods in compared.items():
         tables += [_leads(scale, methods, against), _costs(scale, methods)]
@@ -59,7 +60,7 @@ def _table(title: str, rows: dict[str, dict[int, Compared]], printed: dict[str, 
         for scale in scales:
             method = rows.get(name, {}).get(scale)
             cells += [_mean(method, i, metric) if method else Cell("") for i, metric in enumerate(metrics)]
-            cells.append(_printed(printed.get(name, {}).get(scale)))
+            cells.append(_printed(printed.get(name, {}).get(scale), 4 if printed is TABLE_3 else 2))
         body.append(Row(name, tuple(cells)))
     return Table(title, tuple(headings), tuple(body), NOTE, tuple(h for h in headings if "-Y" in h))
 
@@ -74,10 +75,10 @@ def _mean(method: Compared, number: int, metric: str) -> Cell:
     return Cell(f"{values.mean():.{digits}f}", float(values.mean()), detail)
 
 
-def _printed(values: tuple[float, float | None] | None) -> Cell:
+def _printed(values: tuple[float, float | None] | None, digits: int) -> Cell:
     if values is None:
         return Cell("")
-    return Cell(f"{values[0]:.2f} / " + ("-" if values[1] is None else f"{values[1]:g}"))
+    return Cell(f"{values[0]:.2f} / " + ("-" if values[1] is None else f"{values[1]:.{digits}f}"))
 
 
 def _leads(scale: int, methods: list[Compared], against: str) -> Table:

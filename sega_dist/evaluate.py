@@ -5,6 +5,7 @@ On several processes by `accelerate launch -m sega_dist.evaluate` with the same 
 
 import csv
 import dataclasses
+import io
 import json
 import math
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from sega_dist.arguments import Device, SnapshotPath, parse
+from sega_dist.arguments import Device, SnapshotPath, check_folder, parse
 from sega_dist.data.images import ShardReader
 from sega_dist.data.remote import open_shards
 from sega_dist.data.shards import write_whole
@@ -62,8 +63,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def evaluate(command: EvaluateCommand, world: World) -> dict[str, Any]:
     """Evaluate and write metrics.json, per_image.csv and grid.png; returns what stands in metrics.json, and speeds."""
-    out = command.out
-    assert out is not None
+    assert command.out is not None
+    out = check_folder(command.out)
     if command.batch < 1:
         raise UserError("--batch must be 1 or more")
     snapshot = load_snapshot(command.snapshot, world.device)
@@ -71,13 +72,13 @@ def evaluate(command: EvaluateCommand, world: World) -> dict[str, Any]:
     judge = load_metrics(command.niqe, command.lpips_weights, reader.manifest.size, world)
     stamp = protocol(reader, judge, snapshot.device) | {"scale": scale, "nimg": snapshot.nimg}
     world.agree(stamp | {"--batch": command.batch, "--save": command.save})
-    out.mkdir(parents=True, exist_ok=True)
     saved = {reader.name(i) for i in range(min(command.save, len(reader)))}
     methods = {"bicubic": CLASSICAL["bicubic"], "model": of_snapshot(snapshot, str(command.snapshot))}
     found = score(world, reader, scale, methods, judge, command.batch, SHOWN,
                   lambda name, images: _save(out, name, images) if name in saved else None)  # fmt: skip
     if not world.is_main:
         return {}
+    out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"protocol": stamp, "images": len(found.names), "methods": means(found)}
     write_whole(out / "metrics.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     write_per_image(out / "per_image.csv", found)
@@ -99,10 +100,10 @@ def means(found: Scores) -> dict[str, dict[str, float | None]]:
 
 def write_per_image(path: Path, found: Scores) -> None:
     """One line an image, all its scores by all methods."""
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["name", *(f"{method}_{name}" for method in found.methods for name in found.metrics)])
-        writer.writerows([name, *row] for name, row in zip(found.names, found.values.flatten(1).tolist(), strict=True))
+    writer = csv.writer(file := io.StringIO())
+    writer.writerow(["name", *(f"{method}_{name}" for method in found.methods for name in found.metrics)])
+    writer.writerows([name, *row] for name, row in zip(found.names, found.values.flatten(1).tolist(), strict=True))
+    write_whole(path, file.getvalue().encode())
 
 
 def cell(name: str, value: float | None) -> str:

@@ -1,4 +1,7 @@
-"""`sega-dist sweep`: presets x seeds, each a run in a process of its own; the same command goes on after a stop."""
+"""`sega-dist sweep`: presets x seeds, each a run in a process of its own, compared at the end.
+
+The same command goes on after a stop.
+"""
 
 import os
 import shlex
@@ -11,19 +14,24 @@ import torch
 import tyro
 from rich.console import Console
 
+from sega_dist import compare, report
 from sega_dist import config as configuration
-from sega_dist.arguments import OutPath, parse, share, split
+from sega_dist.arguments import OutPath, check_folder, parse, share, split
 from sega_dist.checkpoint import data_of, newest_checkpoint
 from sega_dist.config import Config
+from sega_dist.data.images import ShardReader
 from sega_dist.data.remote import open_shards
 from sega_dist.data.shards import Manifest
+from sega_dist.distributed import World
 from sega_dist.errors import PREEMPTED, UserError, say
 from sega_dist.launch import accelerate_file, training
 from sega_dist.owner import FILE as STATUS
 from sega_dist.owner import Owner
+from sega_dist.paper import method_name
 from sega_dist.preemption import StopRequests
 from sega_dist.runs import Board, Run, table
-from sega_dist.train import check, resolve
+from sega_dist.scoring import load_metrics
+from sega_dist.train import TrainCommand, check, resolve
 
 GIVEN = ("--preset", "--train.seed", "--out", "--resume")  # by the sweep to each run
 POLL = 0.5  # seconds between looks at what runs
@@ -39,12 +47,16 @@ class Sweep:
     engine: str = ""  # a file of launchers/accelerate, without .yaml; none: gpu or cpu
     part: str = "0/1"  # K/N: every N-th run of the list from the K-th, as shard's; parts may share OUT
     jobs: int = 1  # runs at a time on this machine, which share out its GPUs
+    compare: bool = True  # once all are done: OUT/comparison, as compare's, and OUT/report.html
+    test: str = ""  # shards whose test side they are compared on; default those of --data, where they have one
+    niqe: Path | None = None  # as compare's
+    lpips_weights: Path | None = None  # as compare's
     dry_run: bool = False  # list the runs with their state and stop
 
 
 @dataclass(frozen=True)
 class SweepCommand:
-    """Train each of several presets with each of several seeds. All other options are those of train."""
+    """Train each of several presets with each of several seeds, and compare them. All other options are train's."""
 
     sweep: tyro.conf.OmitArgPrefixes[Sweep]
 
@@ -57,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
     ours, theirs = split(SweepCommand, words[1:])
     sweep = parse(SweepCommand, [*words[:1], *ours], "sega-dist sweep").sweep
     part, parts = share(sweep.part)
-    runs = listed(sweep, theirs)[part::parts]
+    everything, comparison = listed(sweep, theirs)
+    runs = everything[part::parts]
     if sweep.dry_run:
         Console().print(table([run.row for run in runs]))
         return
@@ -65,30 +78,64 @@ def main(argv: list[str] | None = None) -> None:
     owner.take()
     with StopRequests(sweep.out) as stop, Board(owner, runs) as board:
         _train(runs, sweep.jobs, stop, board)
-    _end(sweep.out, runs, stop, owner)
+    _end(runs, stop, owner)
+    if not all(run.is_done() for run in everything):
+        return  # other parts are at work; the last of them compares
+    if not comparison:
+        print(f"next: sega-dist compare {shlex.quote(str(sweep.out))}/*/ --data TEST_SHARDS")
+        return
+    compare.main([*(f"{name}={run.folder}" for name, run in zip(names(everything), everything, strict=True)),
+                  *comparison])  # fmt: skip
+    report.main([*(str(run.folder) for run in everything), "--out", str(sweep.out / "report.html")])
 
 
-def listed(sweep: Sweep, theirs: list[str]) -> list[Run]:
-    """All runs in order; UserError, before anything is written, for whatever would fail once they are started."""
+def listed(sweep: Sweep, theirs: list[str]) -> tuple[list[Run], list[str]]:
+    """All runs in order, and the options of the comparison, none where there shall be none.
+
+    UserError, before anything is written, for whatever would fail once they are started.
+    """
     for name, values in (("presets", sweep.presets), ("seeds", sweep.seeds)):
         if not values or len(set(values)) < len(values):
             given = " ".join(map(str, values)) or "empty"
             raise UserError(f"--{name} is {given}; name one or more, and none of them twice")
     if min(sweep.jobs, sweep.processes) < 1 or sweep.images < 0:
         raise UserError("--jobs and --processes must be 1 or more, and --images 0 or more")
-    if sweep.out.exists() and not sweep.out.is_dir():
-        raise UserError(f"{sweep.out} is not a folder; name another")
+    check_folder(sweep.out)
     file = accelerate_file(sweep.engine) if sweep.engine else None
-    manifest, runs = None, []
+    manifest, runs, comparison = None, [], list[str]()
     for folder, words in _words(sweep, theirs):
         command, config, _ = resolve(words)
         if not command.data:
             raise UserError("sweep needs --data SHARDS")
-        manifest = manifest or open_shards(command.data)
+        if manifest is None:
+            manifest = open_shards(command.data)
+            comparison = _comparison(sweep, manifest, command)
         _check(folder, config, manifest, sweep.processes)
         start = training([*words, "--resume", "auto"], sweep.processes, file, command.device)
         runs.append(Run(folder, start, config))
-    return runs
+    return runs, comparison
+
+
+def _comparison(sweep: Sweep, manifest: Manifest, command: TrainCommand) -> list[str]:
+    """The options of compare; none without a test side, unless one was named."""
+    if not sweep.compare or not (sweep.test or manifest.images("test")):
+        return []
+    test = ShardReader(open_shards(sweep.test) if sweep.test else manifest, "test").manifest
+    if test.size != manifest.size:
+        raise UserError(f"--test {sweep.test} has images of {test.size} pixels, --data of {manifest.size}")
+    load_metrics(sweep.niqe, sweep.lpips_weights, test.size, World(device="cpu"))
+    given = {"niqe": sweep.niqe, "lpips-weights": sweep.lpips_weights, "device": command.device}
+    return ["--data", sweep.test or command.data, "--out", str(sweep.out / "comparison"),
+            *(word for name, value in given.items() if value for word in (f"--{name}", str(value)))]  # fmt: skip
+
+
+def names(runs: list[Run]) -> list[str]:
+    """Of the methods: the literature's where only one preset is it, else the preset's."""
+    presets = [run.folder.name.rpartition("-s")[0] for run in runs]
+    methods = [(method_name(run.config), run.config.scale) for run in runs]
+    of_method = {method: {p for p, m in zip(presets, methods, strict=True) if m == method} for method in methods}
+    return [method[0] if method[0] and len(of_method[method]) == 1 else preset
+            for preset, method in zip(presets, methods, strict=True)]  # fmt: skip
 
 
 def _words(sweep: Sweep, theirs: list[str]) -> list[tuple[Path, list[str]]]:
@@ -153,7 +200,7 @@ def _shares(jobs: int) -> list[str]:
     return [",".join(names[place::jobs] or [names[place % count]]) if count else "" for place in range(jobs)]
 
 
-def _end(out: Path, runs: list[Run], stop: StopRequests, owner: Owner) -> None:
+def _end(runs: list[Run], stop: StopRequests, owner: Owner) -> None:
     """Say what became of the runs, and exit with what says so."""
     rows, failed = [run.row for run in runs], [run for run in runs if run.state == "failed"]
     kind = stop.kind if any(run.state not in ("done", "failed") for run in runs) else ""
@@ -165,6 +212,5 @@ def _end(out: Path, runs: list[Run], stop: StopRequests, owner: Owner) -> None:
     if kind:
         say(kind, "the same command goes on")
         sys.exit(PREEMPTED)
-    print(f"next: sega-dist compare {shlex.quote(str(out))}/*/ --data TEST_SHARDS")
     if failed:
         raise UserError(f"{len(failed)} of {len(runs)} runs failed; the same command tries them again", 1)

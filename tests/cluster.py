@@ -101,12 +101,15 @@ class Cluster:
 
     def wait(self, job: int, states: set[str], seconds: float) -> str:
         """Until the job is in one of the states, at once if it never will; a requeued one is spared its two minutes."""
-        shown: dict[str, str] = {}
+        shown, spared = dict[str, str](), set[str]()
 
         def arrived() -> bool:
             shown.update(self.job(job))
-            if shown["JobState"] == "PENDING" and shown["Reason"] == "BeginTime" and shown["Restarts"] != "0":
-                self.run("scontrol", "update", f"jobid={job}", "StartTime=now")
+            is_waiting = shown["JobState"] == "PENDING" and shown["Reason"] == "BeginTime" and shown["Restarts"] != "0"
+            if is_waiting and shown["Restarts"] not in spared:
+                spared.add(shown["Restarts"])
+                # A node takes no credential that was made in the second in which it ended the life before.
+                self.run("scontrol", "update", f"jobid={job}", "StartTime=now+2")
             return shown["JobState"] in states | {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT"}
 
         def complaint() -> str:

@@ -212,7 +212,10 @@ def test_different_training_data_are_refused(runs: Path, manifest: Manifest, tmp
     a, b = save(tmp_path / "a", data="a" * 64), save(tmp_path / "b", data="b" * 64, **RIDB)
     with pytest.raises(UserError, match=f"data set {'a' * 12}, .* on {'b' * 12}: not the same split; --mixed-data"):
         compared(manifest, tmp_path / "out", a, b)
-    assert len(compared(manifest, tmp_path / "out", a, b, "--mixed-data")["rows"]) == 4
+    rows = compared(manifest, tmp_path / "out", a, b, "--mixed-data")["rows"]
+    assert [row["trained_on"] for row in rows] == ["", "", "a" * 64, "b" * 64]
+    with pytest.raises(UserError, match="not the same split; give them names"):
+        compared(manifest, tmp_path / "out", a, save(tmp_path / "c", data="c" * 64, seed=1), "--mixed-data")
     unknown = f"imported={runs / 's0'}"
     assert len(compared(manifest, tmp_path / "out", a, unknown)["rows"]) == 4
 
@@ -304,8 +307,8 @@ def test_the_papers_tables_are_as_printed():
 def test_the_papers_figures_stand_in_their_own_column(big: Path):
     for title in ("Table 1: 6 images", "Table 3: 6 images"):
         head, _, *rows = tables(big)[title]
-        printed = {f"{psnr:.2f} / {'-' if ssim is None else f'{ssim:g}'}"
-                   for table in (paper.TABLE_1, paper.TABLE_3) for scales in table.values()
+        printed = {f"{psnr:.2f} / {'-' if ssim is None else f'{ssim:.{digits}f}'}"
+                   for table, digits in ((paper.TABLE_1, 2), (paper.TABLE_3, 4)) for scales in table.values()
                    for psnr, ssim in scales.values()}  # fmt: skip
         for row in rows:
             for heading, text in zip(head[1:], row[1:], strict=True):
@@ -443,9 +446,25 @@ def test_a_box_at_the_edge_stays_inside(zoom: tuple[float, float, float]):
     assert figures.with_detail(portraits(1, 64)[0], zoom).shape == (3, 384, 256)
 
 
-def test_no_figures_when_none_is_shown(runs: Path, manifest: Manifest, tmp_path: Path):
-    compared(manifest, tmp_path / "out", runs / "s0", "--shown", 0)
-    assert not list((tmp_path / "out").glob("*.png"))
+def test_no_figures_when_none_is_shown(runs: Path, manifest: Manifest, tmp_path: Path,
+                                       capsys: pytest.CaptureFixture[str]):  # fmt: skip
+    """Nor those of an earlier comparison; and what is not ours stays."""
+    out = tmp_path / "out"
+    compared(manifest, out, runs / "s0", runs / "x8")
+    assert (out / "fig4-x4.png").exists() and (out / "per_image-x8.csv").exists()
+    (out / "fig4-mine.png").touch()
+    capsys.readouterr()
+    compared(manifest, out, runs / "s0", "--shown", 0)
+    ours = ["comparison.csv", "comparison.json", "comparison.md", "comparison.tex", "per_image-x4.csv"]
+    assert {file.name for file in out.iterdir()} == {*ours, "fig4-mine.png"}
+    assert capsys.readouterr().out.splitlines()[-1].endswith(": " + ", ".join(ours))
+
+
+def test_scores_of_what_was_learned_say_so(manifest: Manifest, tmp_path: Path):
+    known, other = (save(tmp_path / name, data=data) for name, data in (("a", manifest.digest), ("b", "b" * 64)))
+    for run, side, is_seen in ((known, "train", True), (known, "test", False), (other, "train", False)):
+        compared(manifest, tmp_path / "out", run, "--split", side)
+        assert ("on which these networks were trained" in (tmp_path / "out/comparison.md").read_text()) == is_seen
 
 
 # --- processes
@@ -521,7 +540,7 @@ def test_leads_are_paired():
     scores = {"a": np.array([20.0, 24, 31]), "b": np.array([21.0, 20, 30])}
     a, b = (Compared(name, np.stack([psnr, psnr / 100], 1), np.zeros((1, 2)), 8, 1, 1.0)
             for name, psnr in scores.items())  # fmt: skip
-    leads = make_tables({4: [a, b]}, ("psnr", "ssim"), "a", 3)[1]
+    leads = make_tables({4: [a, b]}, ("psnr", "ssim"), "a", "3 images")[1]
     assert leads.rows[0].name == "b"
     psnr, ssim, won = leads.rows[0].cells
     low, high = interval(np.array([-1.0, 4, 1]))

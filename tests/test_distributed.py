@@ -11,6 +11,7 @@ from ranks import on_ranks
 from torch import nn
 
 from sega_dist.batchnorm import GlobalBatchNorm
+from sega_dist.config import TrainConfig
 from sega_dist.distributed import World
 from sega_dist.engines import Player
 from sega_dist.losses import rals_d, rals_g
@@ -84,11 +85,11 @@ def test_relativistic_loss_and_gradient_are_those_of_the_global_batch(ranks: int
 
 def test_player_state_is_by_name_and_comes_back():
     world = World(device="cpu")
-    player = Player(world, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 1e-2, (0.9, 0.999))
+    player = Player(world, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), TrainConfig(learning_rate=1e-2))
     player.backward_and_step(player.forward(torch.randn(2, 3, 5, 5)).square().sum())
     state = {name: tensor.clone() for name, tensor in player.full_state().items()}
     assert {name.split(".")[0] for name in state} == {"parameter", "exp_avg", "exp_avg_sq", "step"}
-    other = Player(world, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), 1e-2, (0.9, 0.999))
+    other = Player(world, nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), TrainConfig(learning_rate=1e-2))
     other.load_full_state(state)
     x = torch.randn(2, 3, 5, 5)
     for p in (player, other):
@@ -98,7 +99,7 @@ def test_player_state_is_by_name_and_comes_back():
 
 
 def test_frozen_gives_gradient_through_but_none_to_the_parameters():
-    player = Player(World(device="cpu"), nn.Conv2d(3, 1, 3), 1e-2, (0.9, 0.999))
+    player = Player(World(device="cpu"), nn.Conv2d(3, 1, 3), TrainConfig(learning_rate=1e-2))
     x = torch.randn(1, 3, 5, 5, requires_grad=True)
     with player.frozen() as module:
         module(x).sum().backward()

@@ -273,7 +273,7 @@ def move(rank: int, ranks: int, state: dict[str, Any]) -> dict[str, Any]:
 def overflow(rank: int, ranks: int, precision: str) -> dict[str, Any]:
     """One rank's loss is infinite in one step, and not in the next."""
     world = World(precision, "cpu", timeout=60)
-    player = make_player(world, nn.Linear(2, 1), 0.1, (0.9, 0.999))
+    player = make_player(world, nn.Linear(2, 1), TrainConfig(learning_rate=0.1))
     loss = player.forward(torch.ones(1, 2)).sum()
     player.backward_and_step(loss * float("inf") if rank == 1 else loss)
     player.backward_and_step(player.forward(torch.ones(1, 2)).sum())
@@ -436,7 +436,7 @@ def test_what_stays_fp32(precision: str):
 
 def test_an_overflow_halves_one_players_scale_and_leaves_its_weights():
     world = World("fp16", "cpu")
-    player, other = (make_player(world, nn.Linear(2, 1), 0.1, (0.9, 0.999)) for _ in range(2))
+    player, other = (make_player(world, nn.Linear(2, 1), TrainConfig(learning_rate=0.1)) for _ in range(2))
     before = player.raw.weight.clone()
     player.backward_and_step(player.forward(torch.ones(1, 2)).sum() * float("inf"))
     assert torch.equal(player.raw.weight, before)

@@ -56,9 +56,9 @@ FLOORS: list[set[str]] = [
         "slurm",
         "report",
     },
-    {"comparison", "resume", "sweep", "bench.kernels", "bench.scaling", "bench.step", "bench.data"},
+    {"comparison", "resume", "bench.kernels", "bench.scaling", "bench.step", "bench.data"},
     {"bench.gpu", "compare"},
-    {"bench.gpu_step"},
+    {"bench.gpu_step", "sweep"},
     {"cli"},
     {"__main__"},
 ]

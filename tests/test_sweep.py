@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +87,15 @@ def act(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return actions
 
 
+@pytest.fixture(autouse=True)
+def concluded(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """With what compare and report were called, after runs that made nothing to compare."""
+    calls: list[list[str]] = []
+    monkeypatch.setattr(sweep.compare, "main", lambda words: calls.append(["compare", *words]))
+    monkeypatch.setattr(sweep.report, "main", lambda words: calls.append(["report", *words]))
+    return calls
+
+
 @pytest.fixture
 def words(manifest: Manifest, tmp_path: Path) -> list[str]:
     rest = ["--train.images", "48", "--data", str(manifest.folder), "--device", "cpu"]
@@ -103,7 +113,7 @@ def shown(out: Path, name: str = "sweep.json") -> dict[str, str]:
 
 def listed(words: list[str]) -> list[runs.Run]:
     ours, theirs = split(sweep.SweepCommand, words[1:])
-    return sweep.listed(sweep.parse(sweep.SweepCommand, [words[0], *ours], "sweep").sweep, theirs)
+    return sweep.listed(sweep.parse(sweep.SweepCommand, [words[0], *ours], "sweep").sweep, theirs)[0]
 
 
 def refused(words: list[str], code: int = 2) -> str:
@@ -258,11 +268,9 @@ def test_a_dry_run_lists_and_writes_nothing(act: dict, words: list[str], tmp_pat
 # What becomes of runs -----------------------------------------------------------------------------------------------
 
 
-def test_done_is_skipped_and_what_is_not_quite_done_is_not(act: dict, words: list[str], tmp_path: Path,
-                                                           capsys: pytest.CaptureFixture):  # fmt: skip
+def test_done_is_skipped_and_what_is_not_quite_done_is_not(act: dict, words: list[str], tmp_path: Path):
     out = tmp_path / "out"
     sweep.main(words)
-    assert "sega-dist compare" in capsys.readouterr().out
     assert shown(out) == dict.fromkeys(NAMES, "done") and (read_status(out, "sweep.json") or {})["state"] == "done"
     row = json.loads((out / "sweep.json").read_text())["runs"][0]
     assert (row["nimg"], row["seconds"], row["preview_psnr"]) == (48, 24.0, 21.5)
@@ -314,13 +322,26 @@ def test_a_run_that_was_preempted_ends_the_sweep(act: dict, words: list[str], tm
     assert set(shown(tmp_path / "out").values()) == {"done"}
 
 
-def test_an_old_exit_code_in_the_status_is_not_this_lifes(act: dict, words: list[str], tmp_path: Path):
+def test_beside_one_that_was_preempted_the_others_stop_and_none_begins(act: dict, words: list[str], tmp_path: Path):
+    act |= {NAMES[0]: "obey", NAMES[1]: "launched"}
+    with pytest.raises(SystemExit) as end:
+        sweep.main([*words, "--jobs", "2"])
+    assert end.value.code == PREEMPTED
+    assert list(shown(tmp_path / "out").values()) == ["stopped", "preempted", "waiting", "waiting"]
+    assert set(lives(tmp_path / "out")) == set(NAMES[:2])
+
+
+def test_what_an_earlier_life_left_is_not_this_lifes(act: dict, words: list[str], tmp_path: Path):
     """A process that dies before it writes its status leaves that of the life before."""
     act[NAMES[0]] = "launched"
     with pytest.raises(SystemExit):
         sweep.main(words)
     act[NAMES[0]] = "fail"
     assert "1 of 4" in refused(words, 1)
+    act[NAMES[0]] = "die"
+    refused(words, 1)
+    rows = json.loads((tmp_path / "out/sweep.json").read_text())["runs"]
+    assert (rows[0]["code"], rows[0]["message"]) == (-9, "last word")  # not the error of the life before
 
 
 @pytest.fixture
@@ -444,6 +465,75 @@ def test_a_terminal_gets_a_table(act: dict, words: list[str], monkeypatch: pytes
     assert "┃" in said and "training" in said
 
 
+# What comes after all of them -----------------------------------------------------------------------------------------
+
+
+def test_what_is_done_is_compared_and_shown(act: dict, words: list[str], concluded: list[list[str]], tmp_path: Path):
+    out = tmp_path / "out"
+    sweep.main(words)
+    data = words[words.index("--data") + 1]
+    assert concluded == [
+        ["compare", *(f"{name[:7]}={out / name}" for name in NAMES), "--data", data, "--out", str(out / "comparison"),
+         "--device", "cpu"],
+        ["report", *(str(out / name) for name in NAMES), "--out", str(out / "report.html")],
+    ]  # fmt: skip
+    concluded.clear()
+    sweep.main([*words, "--no-compare"])
+    assert not concluded
+
+
+def test_only_when_all_are_done(act: dict, words: list[str], concluded: list[list[str]]):
+    act[NAMES[3]] = "fail"
+    refused(words, 1)
+    assert not concluded
+    act.clear()
+    sweep.main(words)
+    assert len(concluded) == 2
+
+
+def test_the_last_part_compares(act: dict, words: list[str], concluded: list[list[str]]):
+    sweep.main([*words, "--part", "1/2"])
+    assert not concluded
+    sweep.main([*words, "--part", "0/2"])
+    assert [call[0] for call in concluded] == ["compare", "report"] and len(concluded[1]) == 7
+
+
+def test_on_whose_test_side(act: dict, words: list[str], concluded: list[list[str]], manifest: Manifest,
+                            monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):  # fmt: skip
+    other = shutil.copytree(manifest.folder, Path(words[0]).with_name("other"))
+    sweep.main([*words, "--test", str(other)])
+    assert concluded[0][concluded[0].index("--data") + 1] == str(other)
+    concluded.clear()
+    monkeypatch.setattr(Manifest, "images", lambda self, side: 1 if side == "train" else 0)
+    sweep.main(words)
+    assert not concluded and "next: sega-dist compare" in capsys.readouterr().out
+
+
+def test_what_would_fail_at_the_end_is_refused_at_the_beginning(act: dict, words: list[str], manifest: Manifest,
+                                                                tmp_path: Path):  # fmt: skip
+    small = shutil.copytree(manifest.folder, tmp_path / "small")
+    for file in small.glob("manifest.json"):
+        file.write_text(file.read_text().replace('"size": 64', '"size": 32'))
+    bare = shutil.copytree(manifest.folder, tmp_path / "bare")
+    for file in bare.glob("manifest.json"):
+        file.write_text(file.read_text().replace('"test"', '"val"'))
+    for more, said in [
+        (["--test", str(tmp_path / "none")], "none"), (["--test", str(small)], "images of 32 pixels"),
+        (["--niqe", str(tmp_path / "none.npz")], "64 pixels"), (["--test", str(bare)], "no split 'test'"),
+        (["--lpips-weights", str(tmp_path / "none.pth")], "none.pth"),
+    ]:  # fmt: skip
+        assert said in refused([*words, *more])
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_are_the_literatures_where_they_are_one_presets(act: dict, words: list[str],
+                                                              monkeypatch: pytest.MonkeyPatch):  # fmt: skip
+    monkeypatch.setitem(PRESETS, "deep_x4", PRESETS["srcnn_x4"])
+    presets = ["tiny_x4", "srcnn_x4", "deep_x4", "vdsr_x4", "srcnn_x8"]
+    found = listed([words[0], "--presets", *presets, "--seeds", "0", "1", *words[1 + len(TWO) :]])
+    assert sweep.names(found) == 2 * ["tiny_x4", "srcnn_x4", "deep_x4", "VDSR", "SRCNN"]
+
+
 # Whole runs ---------------------------------------------------------------------------------------------------------
 
 
@@ -492,6 +582,9 @@ def test_a_sweep_that_is_terminated_goes_on_to_the_same_bits(manifest: Manifest,
         assert losses(whole / name) == losses(broken / name) and len(stats(whole / name)) == 30
         assert equal(whole / name, broken / name)
     assert not equal(whole / "tiny_x4-s0", whole / "tiny_x4-s1")
+    both = [(out / "comparison/comparison.json").read_bytes() for out in (whole, broken)]
+    assert both[0] == both[1] and json.loads(both[0])["rows"][-1]["seeds"] == 2
+    assert (broken / "comparison/fig4-x4.png").is_file() and "tiny_x4-s1" in (broken / "report.html").read_text()
     skipped = ended(start(broken, *words))
     assert skipped.code == 0 and skipped.said.count("done") == 4 and "training" not in skipped.said
 
