@@ -137,9 +137,13 @@ def bench(command: StepCommand) -> list[Row]:
 
 
 def config_of(scale: Scale, batch: int) -> Config:
-    """The paper's training at another batch."""
+    """The paper's training at another batch.
+
+    At a learning rate of zero: Adam's work is the same, and any step, however late, can still be checked.
+    """
     base = preset(f"sega_x{scale}")
-    data, train = dataclasses.replace(base.data, size=SIZE), dataclasses.replace(base.train, batch_size=batch)
+    data = dataclasses.replace(base.data, size=SIZE)
+    train = dataclasses.replace(base.train, batch_size=batch, learning_rate=0.0)
     return dataclasses.replace(base, data=data, train=train)
 
 
@@ -363,7 +367,6 @@ class Ours(Subject):
         _adopt(self.networks[:2], weights)
         self.batch = make_batch(self.images, 0, self.config, self.world)
         self.average = Ema(self.g.parts, 1e4)
-        _stand_still(self.optimizers)
 
     def step(self) -> tuple[Tensor, Tensor]:
         found = self.players.step(self.batch, 0, is_tick=False)
@@ -409,7 +412,8 @@ class Plain(Subject):
         self.batch = Batch(lr, hr, batch.noise)
         self.networks = [self.loop.g, self.loop.d, self.loop.e]
         self.optimizers = (self.loop.opt_g, self.loop.opt_d)
-        _stand_still(self.optimizers)
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = config.train.learning_rate
 
     def step(self) -> tuple[Tensor, Tensor]:
         found: tuple[Tensor, Tensor] = self.loop.step(*self.batch)
@@ -441,13 +445,6 @@ def _adopt(networks: list[nn.Module], weights: list[list[Tensor]]) -> None:
         for network, values in zip(networks, weights, strict=False):
             for parameter, value in zip(network.parameters(), values, strict=True):
                 parameter.copy_(value)
-
-
-def _stand_still(optimizers: tuple[torch.optim.Optimizer, ...]) -> None:
-    """A learning rate of zero: Adam's work is the same, and any step, however late, can still be checked."""
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
 
 
 @functools.cache

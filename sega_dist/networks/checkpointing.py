@@ -4,6 +4,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +24,14 @@ def in_stages(layers: nn.Sequential, x: Tensor, is_checkpointing: bool) -> Tenso
     starts = [i for i, layer in enumerate(layers) if isinstance(layer, nn.Conv2d)] or list(range(len(layers)))
     for start, end in zip(starts, [*starts[1:], len(layers)], strict=True):
         stage = layers[start:end]
-        x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False,
-                       context_fn=functools.partial(_contexts, stage))  # fmt: skip
+        contexts: dict[str, Any] = {"context_fn": functools.partial(_contexts, stage)} if _norms(stage) else {}
+        x = checkpoint(stage, x, use_reentrant=False, preserve_rng_state=False, **contexts)
     return x
+
+
+def _norms(stage: nn.Module) -> list[_BatchNorm]:
+    """What holds running statistics."""
+    return [layer for layer in stage.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
 
 
 def _contexts(stage: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -39,7 +45,7 @@ def _statistics_kept(stage: nn.Module) -> Iterator[None]:
 
     Batch norm without them would remember fewer tensors for backward than it did the first time, which torch refuses.
     """
-    norms = [layer for layer in stage.modules() if isinstance(layer, _BatchNorm) and layer.track_running_stats]
+    norms = _norms(stage)
     kept = [dict(norm._buffers) for norm in norms]
     for norm in norms:
         norm._buffers.update({name: buffer.clone() for name, buffer in norm.named_buffers(recurse=False)})
