@@ -1,6 +1,7 @@
 """One page about one or several training runs, whole in itself: `sega-dist report RUN...`."""
 
 import base64
+import contextlib
 import io
 import itertools
 import json
@@ -56,6 +57,7 @@ class ReportCommand:
 
     runs: RunPaths  # folders that train's --out named
     out: Path | None = None  # the page; default RUN/report.html, for several runs ./report.html
+    comparison: Path | None = None  # folder that compare wrote: its scores and figures stand on the page as well
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -65,13 +67,13 @@ def main(argv: list[str] | None = None) -> None:
     out = command.out or (command.runs[0] if len(command.runs) == 1 else Path()) / "report.html"
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file, as {out / 'report.html'}")
-    page = report(command.runs)
+    page = report(command.runs, command.comparison)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, page.encode())
     print(f"report in {out}")
 
 
-def report(folders: Sequence[Path]) -> str:
+def report(folders: Sequence[Path], comparison: Path | None = None) -> str:
     """The page about these runs' folders, in ASCII but for the template; UserError for what is not a run."""
     try:
         runs = [_run(folder, label) for label, folder in labelled(folders).items()]
@@ -80,7 +82,8 @@ def report(folders: Sequence[Path]) -> str:
     settings = {key: [one["config"].get(key, "") for one in runs] for one in runs for key in one["config"]}
     page = {
         "version": version("sega-dist"), "made": _clock(time.time()), "charts": CHARTS, "dashed": DASHED, "runs": runs,
-        "sides": COLUMNS, "differing": [[key, *values] for key, values in settings.items() if len(set(values)) > 1],
+        "comparison": _comparison(comparison) if comparison else None, "sides": COLUMNS,
+        "differing": [[key, *values] for key, values in settings.items() if len(set(values)) > 1],
     }  # fmt: skip
     # Names come from files: none may end the page's script element. The page shows them as text, never as HTML.
     data = json.dumps(page, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
@@ -183,6 +186,35 @@ def _metrics(values: dict[str, Any]) -> dict[str, Any] | None:
                  for method, row in rows.items()],
         "protocol": _texts({"images": values.get("images", "not recorded"), **protocol}),
     } if rows else None  # fmt: skip
+
+
+def _comparison(folder: Path) -> dict[str, Any]:
+    """A table a scale: each method's means with their intervals; and the figures."""
+    file, notes = folder / "comparison.json", list[str]()
+    values = _read(file, notes)
+    rows = [row for row in values.get("rows", []) if isinstance(row, dict)]
+    if notes or not rows:
+        raise UserError(f"{file} holds no comparison; sega-dist compare makes one")
+    tables = []
+    for scale in sorted({_text(row.get("scale")) for row in rows}):
+        here = [row for row in rows if _text(row.get("scale")) == scale]
+        names = list(dict.fromkeys(key for row in here for key, value in row.items() if isinstance(value, dict)))
+        body = [[_text(row.get("method")), *(_mean(name, row.get(name), row.get("seeds")) for name in names)]
+                for row in here]  # fmt: skip
+        tables.append({"title": f"x{scale}", "head": ["method", *(METRICS.get(n, n) for n in names)], "rows": body})
+    figures = {}
+    for picture in sorted(folder.glob("fig[45]-x*.png")):
+        with contextlib.suppress(UnusableImage, OSError):
+            figures[picture.stem] = _address(decode(picture.read_bytes()))
+    return {"tables": tables, "figures": figures, "protocol": _texts(values.get("protocol", {}))}
+
+
+def _mean(name: str, score: Any, seeds: Any) -> tuple[str, str]:
+    """A mean, and how sure it is."""
+    if not isinstance(score, dict):
+        return "", ""
+    mean, low, high = (_score(name, score.get(key)) for key in ("mean", "low", "high"))
+    return mean, f"{low} to {high}" + (f", {seeds} seeds" if isinstance(seeds, int) and seeds > 1 else "")
 
 
 def _score(name: str, value: Any) -> str:

@@ -34,6 +34,7 @@ from sega_dist.scoring import load_metrics
 from sega_dist.train import TrainCommand, check, resolve
 
 GIVEN = ("--preset", "--train.seed", "--out", "--resume")  # by the sweep to each run
+COMPARISON = "comparison"  # in OUT
 POLL = 0.5  # seconds between looks at what runs
 
 
@@ -86,7 +87,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     compare.main([*(f"{name}={run.folder}" for name, run in zip(names(everything), everything, strict=True)),
                   *comparison])  # fmt: skip
-    report.main([*(str(run.folder) for run in everything), "--out", str(sweep.out / "report.html")])
+    report.main([*(str(run.folder) for run in everything), "--comparison", str(sweep.out / COMPARISON),
+                 "--out", str(sweep.out / "report.html")])  # fmt: skip
 
 
 def listed(sweep: Sweep, theirs: list[str]) -> tuple[list[Run], list[str]]:
@@ -125,7 +127,7 @@ def _comparison(sweep: Sweep, manifest: Manifest, command: TrainCommand) -> list
         raise UserError(f"--test {sweep.test} has images of {test.size} pixels, --data of {manifest.size}")
     load_metrics(sweep.niqe, sweep.lpips_weights, test.size, World(device="cpu"))
     given = {"niqe": sweep.niqe, "lpips-weights": sweep.lpips_weights, "device": command.device}
-    return ["--data", sweep.test or command.data, "--out", str(sweep.out / "comparison"),
+    return ["--data", sweep.test or command.data, "--out", str(sweep.out / COMPARISON),
             *(word for name, value in given.items() if value for word in (f"--{name}", str(value)))]  # fmt: skip
 
 

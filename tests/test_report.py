@@ -77,6 +77,19 @@ def make_run(folder: Path, lines: int = 50, sheets: tuple[int, ...] = (300, 900,
     return folder
 
 
+def make_comparison(folder: Path, method: str = "SEGA-FURN") -> Path:
+    """What compare leaves, by hand: two scales, one method of three seeds, an infinite PSNR."""
+    folder.mkdir()
+    psnr, ssim = {"mean": 29.5, "low": 29.25, "high": None, "seeds": [29.5]}, {"mean": 0.75, "low": 0.5, "high": 1.0}
+    rows = [{"scale": 4, "method": "Bicubic", "seeds": 1, "nimg": 0, "psnr": psnr},
+            {"scale": 4, "method": method, "seeds": 3, "nimg": 8, "psnr": psnr, "niqe": ssim},
+            {"scale": 8, "method": method, "seeds": 1, "nimg": 8, "psnr": psnr}]  # fmt: skip
+    (folder / "comparison.json").write_text(json.dumps({"protocol": {"split": "test"}, "images": 6, "rows": rows}))
+    sheet(900).save(folder / "fig4-x4.png")
+    (folder / "fig5-x4.png").write_bytes(b"no picture")
+    return folder
+
+
 def data_of(page: str) -> dict[str, Any]:
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)
     assert found
@@ -201,6 +214,19 @@ def test_pages_stand_where_they_should(made: Path, tmp_path: Path, monkeypatch: 
     assert str(tmp_path) not in pages[1].read_text()
 
 
+def test_a_comparison_stands_on_the_page(made: Path, tmp_path: Path):
+    found = data_of(report.report([made], make_comparison(tmp_path / "all")))["comparison"]
+    assert [table["title"] for table in found["tables"]] == ["x4", "x8"]
+    assert found["tables"][0]["head"] == ["method", "PSNR, dB", "niqe"]
+    assert found["tables"][0]["rows"] == [
+        ["Bicubic", ["29.50", "29.25 to ∞"], ["", ""]],
+        ["SEGA-FURN", ["29.50", "29.25 to ∞, 3 seeds"], ["0.7500", "0.5000 to 1.0000, 3 seeds"]],
+    ]
+    assert list(found["figures"]) == ["fig4-x4"] and found["protocol"] == {"split": "test"}
+    shown, drawn = pixels(found["figures"]["fig4-x4"]), np.asarray(sheet(900).convert("RGB"))
+    assert shown.shape == drawn.shape and np.abs(shown.astype(float) - drawn).mean() < 3  # WebP
+
+
 # --- what is wrong with its input
 
 
@@ -208,12 +234,15 @@ def test_what_is_no_run_is_one_line(made: Path, tmp_path: Path):
     (tmp_path / "empty").mkdir()
     damaged = shutil.copytree(made, tmp_path / "damaged")
     (damaged / "config.json").write_text('{"train":')
+    (damaged / "comparison.json").write_text('{"rows":')
     for words, said in [
         ([tmp_path / "none"], "none does not exist: report needs the folder of a run"),
         ([made, tmp_path / "empty"], "holds no config.json"),
         ([damaged], "is not JSON"),
         ([], "needs the folder"),
         ([made, "--out", tmp_path], "is a folder; name a file"),
+        ([made, "--comparison", tmp_path / "empty"], "comparison.json holds no comparison; sega-dist compare makes"),
+        ([made, "--comparison", damaged], "comparison.json holds no comparison; sega-dist compare makes"),
         ([made, "--outt", "x"], "did you mean --out"),
     ]:
         with pytest.raises(UserError, match=said) as caught:
@@ -311,7 +340,9 @@ def pages(made: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
     shutil.rmtree(other / "eval")
     files = {"one": [made], "two": [made, other], "hostile": [hostile(folder)]}
     for name, runs in files.items():
-        report.main([*map(str, runs), "--out", str(folder / f"{name}.html")])
+        method = HOSTILE if name == "hostile" else "SEGA-FURN"
+        more = [] if name == "one" else ["--comparison", str(make_comparison(folder / name, method))]
+        report.main([*map(str, runs), "--out", str(folder / f"{name}.html"), *more])
     return {name: folder / f"{name}.html" for name in files}
 
 
@@ -346,7 +377,8 @@ def test_page_is_whole_and_readable(browser: Browser, pages: dict[str, Path], na
     asked = {event["request"]["url"] for event in browser.of("Network.requestWillBeSent")}
     assert {url for url in asked if not url.startswith("data:image/webp")} == {pages[name].resolve().as_uri()}
     assert browser.run("[...document.images].every(image => image.naturalWidth > 0)")
-    assert browser.run("document.images.length") == 4  # the second of two runs has no sheet: two faces, two sides
+    # The second of two runs has no sheet: two faces, two sides; and the figure of a comparison.
+    assert browser.run("document.images.length") == 4 + (name != "one")
     assert browser.run("document.querySelectorAll('svg path').length") >= 10
     assert browser.run("!document.body.innerHTML.includes('NaN')")
     overflow = "Math.max(document.documentElement.scrollWidth, document.body.scrollWidth) - innerWidth"

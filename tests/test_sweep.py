@@ -475,7 +475,8 @@ def test_what_is_done_is_compared_and_shown(act: dict, words: list[str], conclud
     assert concluded == [
         ["compare", *(f"{name[:7]}={out / name}" for name in NAMES), "--data", data, "--out", str(out / "comparison"),
          "--device", "cpu"],
-        ["report", *(str(out / name) for name in NAMES), "--out", str(out / "report.html")],
+        ["report", *(str(out / name) for name in NAMES), "--comparison", str(out / "comparison"), "--out",
+         str(out / "report.html")],
     ]  # fmt: skip
     concluded.clear()
     sweep.main([*words, "--no-compare"])
@@ -495,7 +496,7 @@ def test_the_last_part_compares(act: dict, words: list[str], concluded: list[lis
     sweep.main([*words, "--part", "1/2"])
     assert not concluded
     sweep.main([*words, "--part", "0/2"])
-    assert [call[0] for call in concluded] == ["compare", "report"] and len(concluded[1]) == 7
+    assert [call[0] for call in concluded] == ["compare", "report"] and len(concluded[1]) == 9
 
 
 def test_on_whose_test_side(act: dict, words: list[str], concluded: list[list[str]], manifest: Manifest,
