@@ -25,7 +25,7 @@ GPU_OUT ?= runs/gpu
 .PHONY: help demo test test-all test-slurm soak gpu gpu-step lint clean
 
 help:
-	@echo "make demo            shards, trains, evaluates and upscales procedural faces in a few minutes"
+	@echo "make demo            shards, trains, evaluates, upscales procedural faces in a few minutes, and shows it on a page"
 	@echo "make demo DATA=Z     the same on a folder or a zip of faces"
 	@echo "make test            the tests that take seconds each; make test-all adds the slow ones"
 	@echo "make test-slurm      the job scripts on a real SLURM of four nodes, all on this machine"
@@ -52,12 +52,14 @@ else
 	$(BIN)/sega-dist shard '$(DATA)' $(DEMO)/shards
 endif
 	$(LAUNCH) --preset tiny_x4 --data $(DEMO)/shards --out $(DEMO)/run
-	$(BIN)/sega-dist evaluate $(DEMO)/run --data $(DEMO)/shards --out $(DEMO) --save 6
-	$(BIN)/sega-dist upscale $(DEMO)/run $(DEMO)/lr $(DEMO)/upscaled
+	$(BIN)/sega-dist evaluate $(DEMO)/run --data $(DEMO)/shards --save 6
+	$(BIN)/sega-dist upscale $(DEMO)/run $(DEMO)/run/eval/lr $(DEMO)/upscaled
+	$(BIN)/sega-dist report $(DEMO)/run --out $(DEMO)/report.html
 	@echo
 	@echo "The network never saw these images. Its loss included a pixel term (loss.w_pixel=1), which favours PSNR."
-	@echo "pictures:  $(DEMO)/grid.png (LR, bicubic, SR, HR)   $(DEMO)/run/curves.png   $(DEMO)/upscaled/"
-	@echo "figures:   $(DEMO)/metrics.json   $(DEMO)/per_image.csv"
+	@echo "all of it: $(DEMO)/report.html (open it in a browser)"
+	@echo "pictures:  $(DEMO)/run/eval/grid.png (LR, bicubic, SR, HR)   $(DEMO)/run/curves.png   $(DEMO)/upscaled/"
+	@echo "figures:   $(DEMO)/run/eval/metrics.json   $(DEMO)/run/eval/per_image.csv"
 
 test: $(BIN)/.dev
 	$(BIN)/python -m pytest -m "not distributed and not slow" -n $(JOBS) --dist worksteal

@@ -235,6 +235,8 @@ def test_what_is_no_run_is_one_line(made: Path, tmp_path: Path):
     damaged = shutil.copytree(made, tmp_path / "damaged")
     (damaged / "config.json").write_text('{"train":')
     (damaged / "comparison.json").write_text('{"rows":')
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/comparison.json").write_text('{"rows": [4]}')
     for words, said in [
         ([tmp_path / "none"], "none does not exist: report needs the folder of a run"),
         ([made, tmp_path / "empty"], "holds no config.json"),
@@ -242,6 +244,7 @@ def test_what_is_no_run_is_one_line(made: Path, tmp_path: Path):
         ([], "needs the folder"),
         ([made, "--out", tmp_path], "is a folder; name a file"),
         ([made, "--comparison", tmp_path / "empty"], "comparison.json holds no comparison; sega-dist compare makes"),
+        ([made, "--comparison", tmp_path / "bare"], "comparison.json holds no comparison; sega-dist compare makes"),
         ([made, "--comparison", damaged], "comparison.json holds no comparison; sega-dist compare makes"),
         ([made, "--outt", "x"], "did you mean --out"),
     ]:
