@@ -310,5 +310,7 @@ def test_an_array_trains_a_list_and_one_task_comes_back_alone(slurm: Cluster, ma
     for part in (0, 1):
         rows = json.loads((out / f"sweep-{part}-of-2.json").read_text())["runs"]
         assert [(row["run"], row["state"]) for row in rows] == [(run.name, "done") for run in runs[part::2]]
+    [_, _, compared] = json.loads((out / "comparison/comparison.json").read_text())["rows"]  # by whichever was last
+    assert (compared["method"], compared["seeds"]) == ("tiny_x4", 4) and (out / "report.html").is_file()
     train.main([*words(manifest, "--train.images", 600, "--train.seed", first), "--out", str(alone)])
     assert same_weights(runs[first], alone, 600) and _losses(runs[first]) == _losses(alone)
