@@ -120,7 +120,7 @@ def listed(sweep: Sweep, theirs: list[str]) -> tuple[list[Run], list[str]]:
 
 def _comparison(sweep: Sweep, manifest: Manifest, command: TrainCommand) -> list[str]:
     """The options of compare; none without a test side, unless one was named."""
-    if not sweep.compare or not (sweep.test or manifest.images("test")):
+    if not sweep.compare or not (sweep.test or "test" in manifest.sides):
         return []
     test = ShardReader(open_shards(sweep.test) if sweep.test else manifest, "test").manifest
     if test.size != manifest.size:

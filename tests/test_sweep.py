@@ -499,14 +499,21 @@ def test_the_last_part_compares(act: dict, words: list[str], concluded: list[lis
     assert [call[0] for call in concluded] == ["compare", "report"] and len(concluded[1]) == 9
 
 
+def without_test(manifest: Manifest, folder: Path) -> Path:
+    """The same images, none of them for testing."""
+    shutil.copytree(manifest.folder, folder, dirs_exist_ok=True)
+    file = folder / "manifest.json"
+    file.write_text(file.read_text().replace('"test"', '"val"'))
+    return folder
+
+
 def test_on_whose_test_side(act: dict, words: list[str], concluded: list[list[str]], manifest: Manifest,
-                            monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):  # fmt: skip
+                            capsys: pytest.CaptureFixture):  # fmt: skip
     other = shutil.copytree(manifest.folder, Path(words[0]).with_name("other"))
     sweep.main([*words, "--test", str(other)])
     assert concluded[0][concluded[0].index("--data") + 1] == str(other)
     concluded.clear()
-    monkeypatch.setattr(Manifest, "images", lambda self, side: 1 if side == "train" else 0)
-    sweep.main(words)
+    sweep.main([str(Path(words[0]).with_name("alone")), *words[1:], "--data", str(without_test(manifest, other))])
     assert not concluded and "next: sega-dist compare" in capsys.readouterr().out
 
 
@@ -515,9 +522,7 @@ def test_what_would_fail_at_the_end_is_refused_at_the_beginning(act: dict, words
     small = shutil.copytree(manifest.folder, tmp_path / "small")
     for file in small.glob("manifest.json"):
         file.write_text(file.read_text().replace('"size": 64', '"size": 32'))
-    bare = shutil.copytree(manifest.folder, tmp_path / "bare")
-    for file in bare.glob("manifest.json"):
-        file.write_text(file.read_text().replace('"test"', '"val"'))
+    bare = without_test(manifest, tmp_path / "bare")
     for more, said in [
         (["--test", str(tmp_path / "none")], "none"), (["--test", str(small)], "images of 32 pixels"),
         (["--niqe", str(tmp_path / "none.npz")], "64 pixels"), (["--test", str(bare)], "no split 'test'"),
