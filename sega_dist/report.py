@@ -30,7 +30,8 @@ TEMPLATE, PLACE = Path(__file__).with_name("report.html"), "DATA_OF_THE_PAGE"
 POINTS, TIMES, FACES = 500, 8, 6  # at most: points of a curve, sheets of a run, faces of a sheet
 QUALITY = 90  # of the page's pictures; LR's pixels are kept as they are
 COLUMNS = ("LR", "bicubic", "SR", "HR")  # of a preview sheet
-METRICS = {"psnr": "PSNR, dB", "ssim": "SSIM", "psnr_y": "PSNR-Y, dB", "ssim_y": "SSIM-Y"}
+METRICS = {"psnr": "PSNR, dB", "ssim": "SSIM", "psnr_y": "PSNR-Y, dB", "ssim_y": "SSIM-Y", "lpips": "LPIPS",
+           "niqe": "NIQE"}  # fmt: skip
 
 # A chart's title, and its lines: the key in stats.jsonl and the name. A dashed line belongs to the one before it.
 CHARTS = {
@@ -205,7 +206,7 @@ def _comparison(folder: Path) -> dict[str, Any]:
     figures = {}
     for picture in sorted(folder.glob("fig[45]-x*.png")):
         with contextlib.suppress(UnusableImage, OSError):
-            figures[picture.stem] = _address(decode(picture.read_bytes()))
+            figures[picture.stem.replace("fig", "Figure ").replace("-", ", ")] = _address(decode(picture.read_bytes()))
     return {"tables": tables, "figures": figures, "protocol": _texts(values.get("protocol", {}))}
 
 

@@ -146,7 +146,7 @@ def test_the_last_sign_of_life_stands_beside_running(made: Path, tmp_path: Path)
 
 def test_scores_hold_whatever_was_measured(made: Path, tmp_path: Path):
     metrics = about(made)[0]["metrics"]
-    assert metrics["head"] == ["method", "PSNR, dB", "SSIM", "lpips"]
+    assert metrics["head"] == ["method", "PSNR, dB", "SSIM", "LPIPS"]
     assert metrics["rows"] == [["bicubic", "22.12", "0.5000", "0.2500"], ["model", "∞", "0.7500", ""]]
     assert metrics["protocol"] == {"images": "6", "split": "test", "scale": "4"}
     folder = shutil.copytree(made, tmp_path / "run")
@@ -217,13 +217,13 @@ def test_pages_stand_where_they_should(made: Path, tmp_path: Path, monkeypatch: 
 def test_a_comparison_stands_on_the_page(made: Path, tmp_path: Path):
     found = data_of(report.report([made], make_comparison(tmp_path / "all")))["comparison"]
     assert [table["title"] for table in found["tables"]] == ["x4", "x8"]
-    assert found["tables"][0]["head"] == ["method", "PSNR, dB", "niqe"]
+    assert found["tables"][0]["head"] == ["method", "PSNR, dB", "NIQE"]
     assert found["tables"][0]["rows"] == [
         ["Bicubic", ["29.50", "29.25 to ∞"], ["", ""]],
         ["SEGA-FURN", ["29.50", "29.25 to ∞, 3 seeds"], ["0.7500", "0.5000 to 1.0000, 3 seeds"]],
     ]
-    assert list(found["figures"]) == ["fig4-x4"] and found["protocol"] == {"split": "test"}
-    shown, drawn = pixels(found["figures"]["fig4-x4"]), np.asarray(sheet(900).convert("RGB"))
+    assert list(found["figures"]) == ["Figure 4, x4"] and found["protocol"] == {"split": "test"}
+    shown, drawn = pixels(found["figures"]["Figure 4, x4"]), np.asarray(sheet(900).convert("RGB"))
     assert shown.shape == drawn.shape and np.abs(shown.astype(float) - drawn).mean() < 3  # WebP
 
 
