@@ -153,10 +153,13 @@ def test_modulation_is_a_convolution_with_own_filters(is_doubling: bool):
     x, style = randn(4, 3, 6, 6).requires_grad_(), randn(4, 3).requires_grad_()
     found, expected = layer.modulated(x, style), own_filters(x, layer.weight, style, is_doubling)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    assert_gradients(found, expected, [x, style, layer.weight], 1e-12)
+
+
+def assert_gradients(found: Tensor, expected: Tensor, inputs: list[Tensor], tolerance: float) -> None:
     side = torch.randn_like(found)
-    for ours, theirs in zip(*(torch.autograd.grad(y, [x, style, layer.weight], side) for y in (found, expected)),
-                            strict=True):  # fmt: skip
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    ours, theirs = (torch.autograd.grad(y, inputs, side) for y in (found, expected))
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 def looped(plane: np.ndarray, up: int, down: int, before: int, after: int) -> np.ndarray:
@@ -198,10 +201,11 @@ def test_resampling_keeps_constants(size: int):
 
 
 def test_the_generator_is_its_definition():
-    network, z = generator(), randn(3, 5)
-    _, noises = drawn(network, 3)
-    expected = expected_image(network.state_dict(), z, noises)
-    torch.testing.assert_close(network(z, noises), expected, rtol=1e-10, atol=1e-10)
+    network, z = generator(), randn(3, 5).requires_grad_()
+    noises = [noise.requires_grad_() for noise in drawn(network, 3)[1]]
+    found, expected = network(z, noises), expected_image(network.state_dict(keep_vars=True), z, noises)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert_gradients(found, expected, [z, *noises, *network.parameters()], 1e-10)
     w = network.mapping(z)
     torch.testing.assert_close(activated(network.mapping.pre_activation(z)), w)
     assert (network.mapping.pre_activation(z) < 0).any()
@@ -210,9 +214,10 @@ def test_the_generator_is_its_definition():
 
 @pytest.mark.parametrize("group", [0, 2, 4])
 def test_the_discriminator_is_its_definition(group: int):
-    network, images = discriminator(group), randn(4, 3, 32, 32)
-    expected = expected_logits(network.state_dict(), images, group)
-    torch.testing.assert_close(network(images), expected, rtol=1e-10, atol=1e-10)
+    network, images = discriminator(group), randn(4, 3, 32, 32).requires_grad_()
+    found, expected = network(images), expected_logits(network.state_dict(keep_vars=True), images, group)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert_gradients(found, expected, [images, *network.parameters()], 1e-10)
 
 
 def test_a_last_small_batch_is_one_group():
@@ -313,7 +318,7 @@ def test_the_start_is_equalised():
         maps = judge.features(torch.randn(16, 3, 1, 1).expand(-1, -1, 32, 32))
     for values in (w, x, *maps):
         assert 0.1 < values.square().mean() < 3
-    assert network.mapping.fc0.weight.std() == pytest.approx(100, rel=0.1)
+    assert network.mapping.fc0.weight.std().item() == pytest.approx(100, rel=0.1)
 
 
 # Exploring -----------------------------------------------------------------------------------------------------------
@@ -346,8 +351,9 @@ def test_head_and_tail_are_synthesis(layer: int):
 
 def test_every_style_and_noise_counts():
     network = generator()
-    w, noises = (drawn(network)[0].requires_grad_(), [n.requires_grad_() for n in drawn(network)[1]])
-    gradients = torch.autograd.grad(network.synthesis(w, noises)[0].square().sum(), [w, *noises])
+    w, noises = drawn(network)
+    inputs = [tensor.requires_grad_() for tensor in (w, *noises)]
+    gradients = torch.autograd.grad(network.synthesis(w, noises)[0].square().sum(), inputs)
     assert (gradients[0][0].abs().sum(1) > 0).all(), "a style that nothing reads"
     assert not gradients[0][1].any(), "an image depends on another's style"
     assert all(gradient.any() for gradient in gradients)
