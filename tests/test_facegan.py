@@ -318,6 +318,9 @@ def test_the_start_is_equalised():
         maps = judge.features(torch.randn(16, 3, 1, 1).expand(-1, -1, 32, 32))
     for values in (w, x, *maps):
         assert 0.1 < values.square().mean() < 3
+    starts = {"affine.bias": 1, "noise_strength": 0}
+    for name, parameter in network.named_parameters():
+        assert all((parameter == start).all() for end, start in starts.items() if name.endswith(end)), name
     assert network.mapping.fc0.weight.std().item() == pytest.approx(100, rel=0.1)
 
 

@@ -193,6 +193,7 @@ class FaceGenerator(nn.Module):
         self.synthesis = Synthesis(channels, w_size)
 
     def noise_shapes(self) -> list[tuple[int, int]]:
+        """Sides of the L-1 noises, in their order."""
         return [(s, s) for s in (4 << (number + 1) // 2 for number in range(self.layers - 1))]
 
     def forward(self, z: Tensor, noises: Sequence[Tensor]) -> Tensor:
