@@ -27,7 +27,7 @@ FLOORS: list[set[str]] = [
     {"networks.initial", "networks.vgg19", "networks.checkpointing", "networks.enlarging"},
     {"networks.generator", "networks.encoder", "networks.srcnn", "networks.vdsr", "networks.fsrnet"},
     {"networks.discriminator"},
-    {"networks.srgan", "networks.esrgan", "networks.urdgn"},
+    {"networks.srgan", "networks.esrgan", "networks.urdgn", "networks.facegan"},
     {"networks.build"},
     {"paper", "intervals", "losses", "metrics", "pictures", "lpips"},
     {"objectives", "niqe"},
