@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sega_dist import latents
+from sega_dist.errors import UserError
 from sega_dist.latents import Down, Explorable, Featured, resize
 
 Autocast = Callable[[], AbstractContextManager[Any]]  # entered around generator and discriminator alone
@@ -60,7 +61,7 @@ class Found:
     image: Tensor  # (N,3,R,R) in [0,1], not clamped
     loss: Tensor  # (N,) the least of the trace
     residual: Tensor  # (N,) mean square difference from the LR input, images in [0,1]
-    is_reached: Tensor  # (N,) whether the residual is at most eps
+    is_reached: Tensor  # (N,) whether the residual is at most eps (mGANprior has none)
     step: Tensor  # (N,) at which it was met
     latents: list[Tensor]  # (N,...) each: what was searched
     non_finite: Tensor  # (N,) steps whose loss or gradient was not finite: the search went back to the best
@@ -125,12 +126,16 @@ class _Exploration:
 
     def _features(self, small: Tensor) -> list[Tensor]:
         """The discriminator's maps of LR images enlarged to its side: both images of a pair go this way."""
-        assert self.d, "lambda_s > 0 needs a discriminator"
+        if self.d is None:
+            raise UserError("lambda_s > 0 needs a discriminator: give one, or search as PULSE with lambda_s 0")
         enlarged = 2 * resize(small, self.g.side, "bilinear") - 1
         with self.autocast():
             maps = self.d.features(enlarged)
         taken = maps[-self.config.d_layers :] if self.config.d_layers else [x for x in maps if x.shape[-1] >= 8]
-        assert taken, "no map of the discriminator has side 8: say d_layers"
+        if not taken:
+            raise UserError(
+                "no map of the discriminator has side 8 or more: say with d_layers how many of the last count"
+            )
         return [x.to(small.dtype) for x in taken]
 
 
@@ -251,7 +256,10 @@ def rlse(g: Explorable, d: Featured | None, lr: Tensor, keys: list[str], config:
     evaluate = _Exploration(g, d, lr, noises[len(searched) :], config, autocast)
     z = _best_start(candidates, lambda z: evaluate.score([z, *searched]))
     share = latents.SCHEDULES[config.learning_rate_schedule]
-    rate = lambda step: config.learning_rate * share(step, config.steps)  # noqa: E731
+
+    def rate(step: int) -> float:
+        return config.learning_rate * share(step, config.steps)
+
     return Search(evaluate, [z, *searched], torch.optim.Adam, rate, config.eps, on_spheres=True)
 
 

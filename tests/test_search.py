@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sega_dist.data.pairs import bicubic
+from sega_dist.errors import UserError
 from sega_dist.latents import geodesic, linear1cycledrop, radius, resize, semantic, to_w
 from sega_dist.search import PULSE, Found, MganConfig, RlseConfig, Search, mganprior, restarted, rlse, starts
 
@@ -358,6 +359,15 @@ def test_a_planted_face_is_found(method: str, has_mapping: bool):
     for wanted, is_possible in ((lr, True), (1 - inputs() ** 4, False)):
         found = make(method, g, d, wanted, KEYS, steps=300 if is_mixed else 100).run()
         assert ((found.residual < 2e-3) == is_possible).all()
+
+
+def test_a_semantic_loss_without_maps_is_said(g: Generator, d: Discriminator):
+    with pytest.raises(UserError, match="needs a discriminator"):
+        rlse(g, None, inputs(), KEYS, FULL).run()
+    d.features = lambda images: [images[:, :, :4, :4]]
+    with pytest.raises(UserError, match="d_layers"):
+        rlse(g, d, inputs(), KEYS, FULL).run()
+    rlse(g, d, inputs(), KEYS, dataclasses.replace(FULL, d_layers=1)).run()
 
 
 # mGANprior
