@@ -45,7 +45,7 @@ def to_w(z: Tensor, gaussian: tuple[Tensor, Tensor] | None) -> Tensor:
 
 
 def radius(p: Tensor) -> Tensor:
-    """Of each vector (N,V,W), or of each map (N,1,s,s): the dimensions from the third on are 1."""
+    """Of each vector (N,V,W) as (N,V,1), of each map (N,1,s,s) as (N,1,1,1)."""
     return (p.square().sum(tuple(range(2, p.ndim)), keepdim=True) + TINY).sqrt()
 
 

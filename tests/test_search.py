@@ -50,7 +50,7 @@ class Generator(nn.Module):
         maps = w.new_zeros(len(w), 6, 8, 8)
         for i in layers:
             maps = maps + torch.einsum("nw,wcyx->ncyx", w[:, i], self.maps[i]) / self.layers**0.5
-            maps = maps + 0.1 * noises[i] if noises else maps
+            maps = maps + 0.1 * (i + 1) * noises[i] if noises else maps
         return maps
 
 
@@ -131,6 +131,11 @@ def test_geodesic_has_the_numbers_of_pulse():
 @pytest.mark.parametrize(("step", "share"), [(0, 0.1), (45, 1.0), (89, 0.12), (90, 0.1), (95, 0.0505), (99, 0.0109)])
 def test_schedule(step: int, share: float):
     assert linear1cycledrop(step, 100) == pytest.approx(share, abs=1e-12)
+
+
+def test_a_fixed_schedule_is_one(g: Generator):
+    config = dataclasses.replace(PULSE, learning_rate_schedule="fixed")
+    assert [rlse(g, None, inputs(), KEYS, config).rate(step) for step in (0, 50, 99)] == [0.4] * 3
 
 
 @pytest.mark.parametrize("norm", ["l1", "l2"])
@@ -241,15 +246,17 @@ def test_without_semantic_loss_it_is_pulse_step_for_step(g: Generator, latent: s
 
 
 def test_the_loss_is_the_three_terms_of_each_image(g: Generator, d: Discriminator):
-    config = dataclasses.replace(FULL, w_pixel=7, lambda_s=3, w_geo=0.5, eps=1e-2, d_layers=0)
-    lr, ours = inputs(), rlse(g, d, inputs(), KEYS, config)
+    lr, config = inputs(), dataclasses.replace(FULL, w_pixel=7, lambda_s=3, w_geo=0.5)
+    ours = rlse(g, d, lr, KEYS, config)
+    eps = ours.evaluate(ours.variables)[2].aminmax().max.item() / 1.01  # clamps the others of the three
+    ours = rlse(g, d, lr, KEYS, config := dataclasses.replace(config, eps=eps))
     loss, image, residual = ours.evaluate(ours.variables)
     small = resize(image, SMALL, "bicubic")
     maps, target = (d.features(2 * F.interpolate(x, size=SIDE, mode="bilinear") - 1) for x in (small, lr))
     of_d = sum((x - y).abs().flatten(1).mean(1) for x, y in zip(maps[:2], target[:2], strict=True))  # of side 16 and 8
     w = F.leaky_relu(ours.variables[0] * g.gaussian[1] + g.gaussian[0], 0.2)
     torch.testing.assert_close(residual, (small - lr).square().mean((1, 2, 3)))
-    torch.testing.assert_close(loss, 7 * residual.clamp(min=1e-2) + 3 * of_d + 0.5 * geodesic(w))
+    torch.testing.assert_close(loss, 7 * residual.clamp(min=eps) + 3 * of_d + 0.5 * geodesic(w))
     last = rlse(g, d, lr, KEYS, dataclasses.replace(config, d_layers=1, w_pixel=0, w_geo=0))
     expected = 3 * (maps[2] - target[2]).abs().flatten(1).mean(1)
     torch.testing.assert_close(last.evaluate(ours.variables)[0], expected)
