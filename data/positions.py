@@ -1,4 +1,4 @@
-"""Randomness as a function of (seed, position): order, flips, patches and dropout noise.
+"""Randomness as a function of (seed, position): order, flips, patches, dropout noise and latents.
 
 Only the raw output of the counter-based generator Philox is used, which numpy promises never to change; nothing depends
 on ranks, workers or on how often a run was stopped.
@@ -8,11 +8,14 @@ import functools
 import math
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 MASK = 2**64 - 1
+GOLDEN = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio
 # One independent stream of numbers for each purpose.
-SPLIT, ORDER, FLIP, PATCH, D_REAL, D_FAKE, G_REAL, G_FAKE = range(8)
+SPLIT, ORDER, FLIP, PATCH, D_REAL, D_FAKE, G_REAL, G_FAKE, LATENT, SHOWN, SPREAD = range(11)
 
 
 def raw(seed: int, stream: int, row: int, first: int, count: int) -> NDArray[np.uint64]:
@@ -55,7 +58,7 @@ def _keys(seed: int, number: int) -> list[tuple[int, int]]:
 
 def _mixed(digit: int, key: int) -> int:
     """64 bits that depend on every bit of both (the finaliser of SplitMix64, Steele and others 2014)."""
-    z = (digit * 0x9E3779B97F4A7C15 + key) & MASK
+    z = (digit * GOLDEN + key) & MASK
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
     return z ^ (z >> 31)
@@ -66,3 +69,30 @@ def uniform(seed: int, stream: int, first: int, count: int, width: int) -> NDArr
     blocks = -(-width // 4)  # Philox makes four numbers at a time; each image owns whole blocks
     numbers = raw(seed, stream, 0, first * blocks, count * blocks * 4).reshape(count, blocks * 4)
     return np.asarray((numbers[:, :width] >> np.uint64(11)) * 2.0**-53, dtype=np.float64)
+
+
+def normal(seed: int, stream: int, first: int, count: int, width: int, device: torch.device | str) -> Tensor:
+    """(count, width) standard normal numbers, fp64: `width` for each of the images first ... first + count - 1.
+
+    Each image has its own SplitMix64, computed where the numbers are wanted: there may be 200,000 for an image. The
+    integers are the same on every device, and logarithm and cosine to a rounding.
+    """
+    key = int(raw(seed, stream, 0, 0, 1)[0])
+    starts = torch.tensor([_signed(_mixed(number, key)) for number in range(first, first + count)], device=device)
+    half = -(-width // 2)
+    z = starts[:, None] + torch.arange(1, 2 * half + 1, device=device) * _signed(GOLDEN)
+    z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+    z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+    u = _shifted(z ^ _shifted(z, 31), 11).double() * 2.0**-53  # uniform in [0,1)
+    radius, angle = (-2 * (1 - u[:, :half]).log()).sqrt(), 2 * math.pi * u[:, half:]  # Box and Muller 1958
+    return torch.cat([radius * angle.cos(), radius * angle.sin()], 1)[:, :width]
+
+
+def _signed(x: int) -> int:
+    """The 64 bits of x, as torch holds them."""
+    return x - (x >> 63 << 64)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """To the right, zeros coming in."""
+    return (x >> bits) & ((1 << 64 - bits) - 1)

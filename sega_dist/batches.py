@@ -13,7 +13,7 @@ from sega_dist.data.images import RankPositions, Sample, ShardReader, TrainingIm
 from sega_dist.data.pairs import make_pair, patches
 from sega_dist.data.shards import Manifest
 from sega_dist.distributed import World
-from sega_dist.networks.build import noise_size
+from sega_dist.networks.build import noise_size, normals_size
 from sega_dist.objectives import Batch, Noise
 
 STREAMS = (positions.D_REAL, positions.D_FAKE, positions.G_REAL, positions.G_FAKE)
@@ -72,4 +72,5 @@ def make_batch(images: Tensor, first: int, config: Config, world: World) -> Batc
     noise = noise.to(world.dtype)
     if device.type == "cuda":
         noise = noise.pin_memory()
-    return Batch(lr, hr, Noise(*noise.to(device, non_blocking=True)))
+    normals = positions.normal(seed, positions.LATENT, first, count, normals_size(config), device)
+    return Batch(lr, hr, Noise(*noise.to(device, non_blocking=True)), normals.to(world.dtype))

@@ -13,7 +13,8 @@ from sega_dist.errors import UserError, closest
 Scale = Literal[4, 8, 16]
 Kernels = Literal["auto", "triton", "hybrid", "reference"]
 Compile = Literal["off", "default", "max"]
-GeneratorKind = Literal["sega", "srcnn", "vdsr", "srresnet", "esrgan", "urdgn", "fsrnet"]
+GeneratorKind = Literal["sega", "srcnn", "vdsr", "srresnet", "esrgan", "urdgn", "fsrnet", "facegan"]
+FACE_SIDES = (32, 64, 128, 256, 512, 1024)  # of a face GAN
 ContentLayer = Literal["conv3_3", "conv5_4", "relu5_4"]
 
 
@@ -28,7 +29,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    kind: GeneratorKind = "sega"  # which network; channels is of all, the keys after blocks are of sega
+    kind: GeneratorKind = "sega"  # which network; channels is of all but facegan, the keys after blocks are of sega
     channels: int = 64  # channels of the trunk (urdgn: of its first convolution)
     blocks: int = 16  # residual blocks of srresnet and esrgan, convolutions of vdsr
     nested_blocks: int = 4  # dense nested blocks, three RIDBs each
@@ -53,12 +54,24 @@ class EncoderConfig:
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    kind: Literal["sega", "srgan", "esrgan", "urdgn"] = "sega"  # which network; sega's alone reads semantics
+    kind: Literal["sega", "srgan", "esrgan", "urdgn", "facegan"] = "sega"  # which network; sega's alone reads semantics
     width: int = 64  # channels of the first convolution
     slope: float = 0.2  # negative slope of LeakyReLU
     dropout: float = 0.5  # in the fully connected layers
     last_bias: Literal["auto", "yes", "no"] = "auto"  # auto: with bce alone; else its gradient is exactly zero
     fake_semantics: Literal["lr", "sr"] = "lr"  # the fake tuple's embedding is that of the LR input (paper) or of SR
+
+
+@dataclass(frozen=True)
+class FaceGanConfig:
+    z_size: int = 512  # numbers that a face is made from
+    w_size: int = 512  # numbers that each layer of the generator reads
+    mapping_layers: int = 8  # fully connected, from z to w
+    channel_base: int = 16384  # channels of both networks at side s: this over s
+    channel_max: int = 512  # but so many at most
+    style_mixing: float = 0.9  # probability that a face's later layers read another w
+    r1_gamma: float = 1.0  # weight of D's squared gradient at real images (R1), halved
+    r1_interval: int = 16  # steps between updates of D by it, each with so many times its weight
 
 
 @dataclass(frozen=True)
@@ -105,6 +118,7 @@ class Config:
     norm: NormConfig = field(default_factory=NormConfig)
     encoder: EncoderConfig = field(default_factory=EncoderConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    facegan: FaceGanConfig = field(default_factory=FaceGanConfig)  # of kind facegan alone: faces from nothing
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
@@ -116,6 +130,11 @@ class Config:
     @property
     def lr_size(self) -> int:
         return self.hr_size // self.scale
+
+    @property
+    def is_face_gan(self) -> bool:
+        """Whether it makes faces from random numbers, and none from LR."""
+        return self.generator.kind == "facegan"
 
     @property
     def has_discriminator(self) -> bool:
@@ -215,7 +234,7 @@ def validate(config: Config) -> Config:
               for name in ("content_warmup_kimg", "ema_kimg", "weight_decay", "clip")]  # fmt: skip
     rules += [(getattr(config.loss, name) >= 0, f"loss.{name}", getattr(config.loss, name), "0 or more")
               for name in ("w_content", "w_adv", "w_pixel")]  # fmt: skip
-    for is_legal, key, value, legal in rules:
+    for is_legal, key, value, legal in [*rules, *(_face_gan_rules(config) if "facegan" in (kind, judge) else [])]:
         if not is_legal:
             raise UserError(f"{key} is {value}; it must be {legal}")
     if train.content_warmup_kimg and config.loss.warmup == "pixel" and not config.has_discriminator:
@@ -223,6 +242,33 @@ def validate(config: Config) -> Config:
     if config.loss.w_content == config.loss.w_pixel == 0 and (train.content_warmup_kimg or not config.loss.w_adv):
         raise UserError("loss.w_content or loss.w_pixel must be above 0 wherever no discriminator trains the generator")
     return config
+
+
+def _face_gan_rules(config: Config) -> list[tuple[bool, str, Any, str]]:
+    """What a face GAN asks for besides: whether it is so, the key, its value, what is legal."""
+    face, loss, train = config.facegan, config.loss, config.train
+    sizes = [(name, getattr(face, name)) for name in ("z_size", "w_size", "channel_base", "channel_max")]
+    sides, alone = ", ".join(map(str, FACE_SIDES)), "facegan together with the other player"
+    return [
+        (config.is_face_gan, "generator.kind", config.generator.kind, alone),
+        (config.discriminator.kind == "facegan", "discriminator.kind", config.discriminator.kind, alone),
+        (config.hr_size in FACE_SIDES, "data.size or data.patch", config.hr_size, f"one of {sides} for a face GAN"),
+        *((1 <= value <= 16 * MOST, f"facegan.{name}", value, f"from 1 to {16 * MOST}") for name, value in sizes),
+        (1 <= face.mapping_layers <= 64, "facegan.mapping_layers", face.mapping_layers, "from 1 to 64"),
+        (face.channel_base >= config.hr_size, "facegan.channel_base", face.channel_base,
+         f"{config.hr_size} or more: one channel at the largest side"),
+        (0 <= face.style_mixing <= 1, "facegan.style_mixing", face.style_mixing, "a probability"),
+        (face.r1_gamma >= 0, "facegan.r1_gamma", face.r1_gamma, "0 or more"),
+        (face.r1_interval >= 1, "facegan.r1_interval", face.r1_interval, "1 or more"),
+        (config.encoder.kind == "none", "encoder.kind", config.encoder.kind, "none for a face GAN, which has no LR"),
+        (loss.adv == "bce", "loss.adv", loss.adv, "bce for a face GAN"),
+        (loss.w_adv > 0, "loss.w_adv", loss.w_adv, "above 0 for a face GAN"),
+        (not loss.w_content, "loss.w_content", loss.w_content, "0 for a face GAN, which has no target"),
+        (not loss.w_pixel, "loss.w_pixel", loss.w_pixel, "0 for a face GAN, which has no target"),
+        (not train.content_warmup_kimg, "train.content_warmup_kimg", train.content_warmup_kimg, "0 for a face GAN"),
+        (not train.activation_checkpointing, "train.activation_checkpointing", train.activation_checkpointing,
+         "false for a face GAN: R1 goes backward twice"),
+    ]  # fmt: skip
 
 
 def shortened(config: Config, images: int) -> Config:

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sega_dist.data import positions
+from sega_dist.networks.facegan import Mapping, activated
+
 Down = Literal["bicubic", "area", "bilinear"]
 TINY = 1e-9  # under the roots, as PULSE has it: equal vectors keep a gradient
 
@@ -41,7 +44,21 @@ class Featured(Protocol):
 
 def to_w(z: Tensor, gaussian: tuple[Tensor, Tensor] | None) -> Tensor:
     """Standard normal z (...,W) to w as the mapping network spreads them: PULSE's Gaussian fit."""
-    return z if gaussian is None else F.leaky_relu(z * gaussian[1] + gaussian[0], 0.2)
+    return z if gaussian is None else activated(z * gaussian[1] + gaussian[0])
+
+
+@torch.no_grad()
+def spread(mapping: Mapping, samples: int = 100_000) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean and deviation (W,) of what the mapping's last activation reads, and the mean w, over random z."""
+    first = next(mapping.parameters())
+    sums = torch.zeros(3, 1, dtype=torch.float64, device=first.device)
+    for start in range(0, samples, 10_000):
+        z = positions.normal(0, positions.SPREAD, start, min(10_000, samples - start), first.shape[1], first.device)
+        x = mapping.pre_activation(z.to(first.dtype)).double()
+        sums = sums + torch.stack([x.sum(0), x.square().sum(0), activated(x).sum(0)])
+    mean, square, w = sums / samples
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    return mean.to(first.dtype), std.to(first.dtype), w.to(first.dtype)
 
 
 def radius(p: Tensor) -> Tensor:

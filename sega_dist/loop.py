@@ -21,7 +21,6 @@ from sega_dist.data import positions
 from sega_dist.data.images import HOPELESS
 from sega_dist.data.shards import Manifest, write_whole
 from sega_dist.distributed import WAIT, World
-from sega_dist.engines import on_host
 from sega_dist.environment import versions
 from sega_dist.errors import BAD_DATA, PREEMPTED, NonFinite, UserError, exit_code, in_words, note
 from sega_dist.kernels import backend
@@ -29,7 +28,7 @@ from sega_dist.networks.build import build_vgg19
 from sega_dist.owner import Owner
 from sega_dist.players import Players, plan_kernels
 from sega_dist.preemption import STOPS, Stop, StopRequests
-from sega_dist.preview import Preview
+from sega_dist.preview import make_preview
 from sega_dist.snapshot import save_snapshot
 from sega_dist.stats import Report, Sums, memory_gb
 from sega_dist.tracing import traced_steps
@@ -61,7 +60,7 @@ class Training:
         self._build(options.vgg19)
         if checkpoint:
             self._restore(checkpoint)
-        self.preview = Preview(manifest, config, self.world)
+        self.preview = make_preview(manifest, config, self.world)
         of_kernels = {"kernels": self.ops, "kernel_table": backend.table_digest()}
         self.versions = versions(self.world) | of_kernels | {"vgg19_sha256": self.vgg19_digest}
         self.writer, self.owner = Writer(), Owner(out)
@@ -147,11 +146,11 @@ class Training:
         self._enter("saving")
         snapshot = self.players.snapshot()
         tensors = self.players.full_state(snapshot)
-        weights = tensors.get("ema") or {name: on_host(tensor) for name, tensor in snapshot.state_dict().items()}
         state = Checkpoint(self.nimg, self.skipped, self.config, self.manifest.digest, self.vgg19_digest, tensors,
                            self.versions)  # fmt: skip
         with self.world.together():
             if self.world.is_main:
+                weights = self.players.for_users(snapshot, tensors)
                 self.writer.start(lambda: self._write(state, weights))
 
     def _write(self, state: Checkpoint, weights: dict[str, torch.Tensor]) -> None:

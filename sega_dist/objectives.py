@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sega_dist import losses
 from sega_dist.config import Config
+from sega_dist.networks.facegan import from_normals
 from sega_dist.networks.vgg19 import Vgg19
 
 Network = Callable[..., Tensor]
@@ -30,10 +31,11 @@ class Batch(NamedTuple):
     lr: Tensor  # (N,3,h,w) in [-1,1]
     hr: Tensor  # (N,3,H,W) in [-1,1]
     noise: Noise
+    normals: Tensor  # (N,K) standard normal, from which a face GAN's images are made; K is 0 elsewhere
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All it holds."""
-        return (self.lr, self.hr, *self.noise)
+        return (self.lr, self.hr, *self.noise, self.normals)
 
 
 class Targets(NamedTuple):
@@ -47,7 +49,7 @@ class Targets(NamedTuple):
 class Output(NamedTuple):
     """What a generator made of a batch."""
 
-    sr: Tensor  # (N,3,H,W) in [-1,1]
+    sr: Tensor  # (N,3,H,W) in [-1,1]; a face GAN's faces
     coarse: Tensor | None = None  # its first guess, where it is trained on one: the same
 
 
@@ -58,6 +60,17 @@ class Objective:
     config: Config
     vgg19: Vgg19 | None
     global_means: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of two sides, over all ranks, with gradient
+
+    def inputs(self, batch: Batch) -> tuple[Any, ...]:
+        """What the generator reads."""
+        return (batch.lr,)
+
+    def is_regularised(self, nimg: int) -> bool:
+        """Whether the step at image `nimg` begins with an update of the discriminator by `regularisation`."""
+        return False
+
+    def regularisation(self, discriminator: Network, batch: Batch) -> tuple[Tensor, Statistics]:
+        raise NotImplementedError
 
     def weights(self, is_warmup: bool) -> dict[str, float]:
         """Of each term of the G phase."""
@@ -180,6 +193,51 @@ class Objective:
         assert self.vgg19 is not None
         embedding: Tensor = self.vgg19(sr, True)[0]
         return embedding
+
+
+class FaceObjective(Objective):
+    """Faces from nothing: cross-entropy that does not saturate, and R1 now and then (arXiv 1912.04958, appendix B)."""
+
+    def inputs(self, batch: Batch) -> tuple[Any, ...]:
+        face = self.config.facegan
+        return from_normals(batch.normals, self.config.hr_size, face.z_size, face.style_mixing)
+
+    def is_regularised(self, nimg: int) -> bool:
+        step = nimg // self.config.train.batch_size
+        return self.config.facegan.r1_gamma > 0 and step % self.config.facegan.r1_interval == 0
+
+    def regularisation(self, discriminator: Network, batch: Batch) -> tuple[Tensor, Statistics]:
+        """gamma / 2 times the mean squared norm of D's gradient at real images (arXiv 1801.04406, equation 9)."""
+        images = batch.hr.detach().requires_grad_()
+        logits = _full(discriminator(images))
+        (gradient,) = torch.autograd.grad(logits.sum(), images, create_graph=True)
+        r1 = gradient.square().sum((1, 2, 3)).mean()
+        weight = self.config.facegan.r1_gamma / 2 * self.config.facegan.r1_interval
+        # Of the last bias, which r1 does not know, DDP wants to see a gradient as well.
+        return weight * r1 + 0 * logits.sum(), {"r1": r1.detach()}
+
+    def targets(self, batch: Batch, is_warmup: bool) -> Targets:
+        return Targets(None, None, None)
+
+    def d_loss(self, discriminator: Network, batch: Batch, targets: Targets, sr: Tensor) -> tuple[Tensor, Statistics]:
+        real, fake = _full(discriminator(batch.hr)), _full(discriminator(sr))
+        loss = losses.bce_d(real, fake)
+        return loss, {"loss_d": loss.detach(), "d_real": real.detach().mean(), "d_fake": fake.detach().mean()}
+
+    def adversarial(self, discriminator: Network, batch: Batch, targets: Targets, sr: Tensor) -> Tensor:
+        return losses.bce_g(_full(discriminator(sr)))
+
+    @torch.no_grad()
+    def diagnose(self, discriminator: Network, batch: Batch, targets: Targets, sr: Tensor) -> Statistics:
+        """How often D tells real from fake."""
+        is_right = torch.cat([discriminator(batch.hr) > 0, discriminator(sr) < 0])
+        return {"d_accuracy": is_right.to(sr.dtype).mean()}
+
+
+def make_objective(config: Config, vgg19: Vgg19 | None,
+                   global_means: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Objective:  # fmt: skip
+    """The configuration's."""
+    return (FaceObjective if config.is_face_gan else Objective)(config, vgg19, global_means)
 
 
 def _full(x: Tensor) -> Tensor:

@@ -3,21 +3,24 @@
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 
+from sega_dist import latents
 from sega_dist.config import Config, learning_rate
 from sega_dist.distributed import World
 from sega_dist.ema import Ema
-from sega_dist.engines import Player, make_player, on_host
+from sega_dist.engines import PARAMETERS, Player, make_player, on_host
 from sega_dist.errors import UserError
 from sega_dist.kernels import backend
 from sega_dist.networks.build import build_discriminator, build_generator
+from sega_dist.networks.facegan import FaceGenerator
 from sega_dist.networks.vgg19 import Vgg19
-from sega_dist.objectives import Batch, Objective, Output, Statistics, Targets
+from sega_dist.objectives import Batch, Output, Statistics, Targets, make_objective
 from sega_dist.recording import CudaGraphs, Recorder
 
 # torch.compile's modes; the graphs of a step are recorded here, around what it compiles.
@@ -42,7 +45,7 @@ class Players:
             self.discriminator = make_player(world, build_discriminator(config), config.train)
         if features is not None:
             world.place(features).round_to(world.compute_dtype)
-        self.objective = Objective(config, features, world.global_means)
+        self.objective = make_objective(config, features, world.global_means)
         self.ema = Ema(self.generator.parts, config.train.ema_kimg * 1000) if config.train.ema_kimg else None
         self.memory: dict[str, float] = {}  # GB at the most in each piece of a step, on a GPU
         self.recorder = Recorder(None)
@@ -74,7 +77,9 @@ class Players:
         The statistics may lie where the next step will leave its own.
         """
         self._set_learning_rate(learning_rate(self.config.train, nimg))
-        batch = self.recorder.hold(batch)
+        batch, regularised = self.recorder.hold(batch), dict[str, Tensor]()
+        if self.objective.is_regularised(nimg):
+            regularised = self._piece(self.regularise, batch)
         if self.discriminator is None or nimg < self.config.train.content_warmup_kimg * 1000:
             statistics = self._piece(self.content_step, batch)
         else:
@@ -85,7 +90,7 @@ class Players:
                     sr = output.sr.detach()
                     diagnosis = self.objective.diagnose(frozen, batch, targets, sr)
                     diagnosis |= self.objective.gradient_ratio(frozen, batch, targets, sr)
-            statistics = statistics | diagnosis | self._piece(self.g_phase, batch, targets, output)
+            statistics = regularised | statistics | diagnosis | self._piece(self.g_phase, batch, targets, output)
         if self.ema:
             batch_size = self.config.train.batch_size
             self.ema.update(batch_size, nimg + batch_size)
@@ -95,15 +100,24 @@ class Players:
         """An update of the generator alone: the warm-up, and training without a discriminator."""
         with self.world.autocast():
             targets = self.objective.targets(batch, is_warmup=True)
-            loss, statistics = self.objective.g_loss(None, batch, targets, self._super_resolved(batch))
+            loss, statistics = self.objective.g_loss(None, batch, targets, self._made(batch))
         self.generator.backward_and_step(loss)
+        return statistics
+
+    def regularise(self, batch: Batch) -> Statistics:
+        """An update of the discriminator by its regularisation alone, eagerly: compiled graphs go backward once."""
+        assert self.discriminator is not None
+        eagerly = torch.compiler.set_stance("force_eager") if self.config.compile != "off" else nullcontext()
+        with record_function("R1"), eagerly:
+            loss, statistics = self.objective.regularisation(self.discriminator.forward, batch)
+            self.discriminator.backward_and_step(loss)
         return statistics
 
     def d_phase(self, batch: Batch) -> tuple[Output, Targets, Statistics]:
         """SR with its graph, what both phases need of HR and LR, and an update of the discriminator."""
         assert self.discriminator is not None
         with self.world.autocast():
-            output = self._super_resolved(batch)
+            output = self._made(batch)
             targets = self.objective.targets(batch, is_warmup=False)
         with record_function("D phase"):
             with self.world.autocast():
@@ -121,9 +135,9 @@ class Players:
             self.generator.backward_and_step(loss)
         return statistics
 
-    def _super_resolved(self, batch: Batch) -> Output:
+    def _made(self, batch: Batch) -> Output:
         with record_function("generator"):
-            made = self.generator.forward(batch.lr)
+            made = self.generator.forward(*self.objective.inputs(batch))
             images = made if isinstance(made, tuple) else (made,)
             return Output(*(image.to(self.world.dtype) for image in images))  # (N,3,H,W) in [-1,1]
 
@@ -165,6 +179,20 @@ class Players:
         if self.ema:
             state["ema"] = {name: on_host(tensor) for name, tensor in snapshot.state_dict().items()}
         return state
+
+    def for_users(self, snapshot: nn.Module, state: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """What a snapshot's file holds of `state`; on the first rank.
+
+        A search reads both networks of a face GAN, and how the mapping network spreads its w.
+        """
+        weights = state.get("ema") or {name: on_host(tensor) for name, tensor in snapshot.state_dict().items()}
+        if not isinstance(snapshot, FaceGenerator):
+            return weights
+        mean, std, w_avg = latents.spread(snapshot.mapping)
+        weights = {f"generator.{name}": tensor for name, tensor in weights.items()}
+        weights |= {f"discriminator.{name.removeprefix(PARAMETERS)}": tensor
+                    for name, tensor in state["discriminator"].items() if name.startswith(PARAMETERS)}  # fmt: skip
+        return weights | {"generator.mapping.w_avg": on_host(w_avg), "mean": on_host(mean), "std": on_host(std)}
 
     def load_full_state(self, state: dict[str, dict[str, Tensor]]) -> None:
         """The inverse of `full_state`, whatever the number of ranks or the engine that made it."""

@@ -9,6 +9,7 @@ from sega_dist.config import (
     DataConfig,
     DiscriminatorConfig,
     EncoderConfig,
+    FaceGanConfig,
     GeneratorConfig,
     LossConfig,
     NormConfig,
@@ -116,6 +117,32 @@ def fsrnet(scale: Scale) -> Config:
                       betas=(0.0, 0.99))  # fmt: skip
 
 
+def facegan(side: int, channel_base: int, size: int, layers: int, images: int) -> Config:
+    """A compact StyleGAN2 for `sega-dist explore`: R1 as its authors scale it, 2e-4 times pixels over the batch.
+
+    Its discriminator does not look at how images of a batch differ, so the loss is the same on any number of ranks.
+    """
+    batch_size = 32
+    return Config(
+        data=DataConfig(size=side),
+        generator=GeneratorConfig(kind="facegan"),
+        encoder=EncoderConfig(kind="none"),
+        discriminator=DiscriminatorConfig(kind="facegan"),
+        facegan=FaceGanConfig(size, size, layers, channel_base, size, r1_gamma=2e-4 * side**2 / batch_size),
+        loss=LossConfig(adv="bce", w_content=0.0, w_adv=1.0),
+        train=TrainConfig(
+            images=images,
+            batch_size=batch_size,
+            learning_rate=2e-3,
+            betas=(0.0, 0.99),
+            ema_kimg=10.0,
+            tick_kimg=4.0,
+            grid_kimg=50.0,
+            checkpoint_kimg=100.0,
+        ),
+    )
+
+
 def _adversarial(
     scale: Scale, generator: GeneratorConfig, discriminator: DiscriminatorConfig, loss: LossConfig, **train: Any
 ) -> Config:
@@ -136,7 +163,12 @@ PRESETS: dict[str, Callable[[], Config]] = {
     f"{name}_x{scale}": lambda method=method, scale=scale: method(scale)
     for name, method in METHODS.items()
     for scale in SCALES
-} | {"tiny_x4": lambda: tiny(4)}
+} | {
+    "tiny_x4": lambda: tiny(4),
+    "facegan_64": lambda: facegan(64, 4096, 128, 4, 1_000_000),
+    "facegan_128": lambda: facegan(128, 8192, 256, 4, 5_000_000),
+    "facegan_256": lambda: facegan(256, 16384, 256, 8, 10_000_000),
+}
 
 
 def preset(name: str) -> Config:

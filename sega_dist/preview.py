@@ -4,16 +4,19 @@ import torch
 from torch import nn
 
 from sega_dist.config import Config
+from sega_dist.data import positions
 from sega_dist.data.images import DamagedSample, ShardReader
 from sega_dist.data.pairs import bicubic, to_uint8, to_unit
 from sega_dist.data.shards import Manifest
 from sega_dist.distributed import World
 from sega_dist.errors import UserError
 from sega_dist.metrics import psnr
+from sega_dist.networks.facegan import draws, from_normals
 from sega_dist.pictures import Panel, grid
 from sega_dist.stats import Report
 
 PREVIEWS = 6  # faces in the picture grid
+SAMPLES = (4, 8)  # rows and columns of a face GAN's
 
 
 class Preview:
@@ -57,3 +60,32 @@ class Preview:
         report.picture("preview", grid(["LR", "bicubic", f"SR, {nimg / 1000:g} kimg", "HR"], rows), nimg)
         mean = sum(sr_psnr) / len(sr_psnr)
         return {"preview_psnr": mean, "preview_psnr_bicubic": sum(self.bicubic_psnr) / len(self.bicubic_psnr)}
+
+
+class FacePreview:
+    """A few fixed latents that show how far a face GAN is: nothing is measured on them."""
+
+    def __init__(self, config: Config, world: World):
+        self.world, (self.rows, self.columns) = world, SAMPLES
+        face, count = config.facegan, self.rows * self.columns
+        width = draws(config.hr_size, face.z_size)
+        normals = positions.normal(config.train.seed, positions.SHOWN, 0, count, width, world.device).to(world.dtype)
+        self.z, self.noises, *_ = from_normals(normals, config.hr_size, face.z_size, 0.0)
+
+    @torch.no_grad()
+    def show(self, report: Report, generator: nn.Module, nimg: int) -> dict[str, float]:
+        """A picture of all, each rank making its share of them."""
+        mine = slice(self.world.rank, None, self.world.size)
+        side = self.noises[-1].shape[-1]
+        faces = torch.zeros(len(self.z), 3, side, side, dtype=torch.uint8, device=self.z.device)
+        if len(self.z[mine]):
+            with self.world.autocast():
+                faces[mine] = to_uint8(generator(self.z[mine], [noise[mine] for noise in self.noises]))
+        panels = [[Panel(face) for face in row] for row in self.world.sum_of(faces).unflatten(0, SAMPLES)]
+        report.picture("faces", grid([f"{nimg / 1000:g} kimg", *[""] * (self.columns - 1)], panels), nimg)
+        return {}
+
+
+def make_preview(manifest: Manifest, config: Config, world: World) -> Preview | FacePreview:
+    """The configuration's."""
+    return FacePreview(config, world) if config.is_face_gan else Preview(manifest, config, world)

@@ -73,7 +73,12 @@ def filled_vgg19(config: Config) -> Vgg19 | None:
 def setting(config: Config) -> tuple[Objective, nn.Module, Batch, Output]:
     noise = Noise(*torch.rand(4, 4, noise_size(config)))
     side = config.hr_size // config.scale
-    batch = Batch(torch.rand(4, 3, side, side) * 2 - 1, torch.rand(4, 3, config.hr_size, config.hr_size) * 2 - 1, noise)
+    batch = Batch(
+        torch.rand(4, 3, side, side) * 2 - 1,
+        torch.rand(4, 3, config.hr_size, config.hr_size) * 2 - 1,
+        noise,
+        torch.empty(4, 0),
+    )
     objective = Objective(config, filled_vgg19(config), lambda real, fake: (real.mean(), fake.mean()))
     made = build_generator(config)(batch.lr)
     return objective, build_discriminator(config), batch, Output(*(made if isinstance(made, tuple) else (made,)))

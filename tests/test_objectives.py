@@ -24,7 +24,9 @@ def setting(config: Config) -> tuple[Objective, nn.Module, Batch, Tensor]:
     if vgg19:
         for parameter in vgg19.parameters():
             nn.init.normal_(parameter, std=0.05)
-    batch = Batch(torch.rand(4, 3, 16, 16), torch.rand(4, 3, 64, 64), Noise(*torch.rand(4, 4, NOISE)))
+    batch = Batch(
+        torch.rand(4, 3, 16, 16), torch.rand(4, 3, 64, 64), Noise(*torch.rand(4, 4, NOISE)), torch.empty(4, 0)
+    )
     sr = build_generator(config)(batch.lr)
     return (
         Objective(config, vgg19, lambda real, fake: (real.mean(), fake.mean())),

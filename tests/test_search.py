@@ -225,7 +225,7 @@ def test_without_semantic_loss_it_is_pulse_step_for_step(g: Generator, latent: s
     adam, (mean, std) = torch.optim.Adam(p, lr=0.4), g.gaussian
     radii = [(x**2).flatten(2).sum(2).add(1e-9).sqrt().detach().view(*x.shape[:2], *[1] * (x.ndim - 2)) for x in p]
     for step in range(5):
-        w = F.leaky_relu(p[0] * std + mean, 0.2)
+        w = 2**0.5 * F.leaky_relu(p[0] * std + mean, 0.2)
         image = (g.synthesis(w.expand(-1, LAYERS, -1), [*p[1:], *noises[2:]]) + 1) / 2
         small = F.interpolate(image, size=SMALL, mode="bicubic", antialias=True)
         loss = 100 * (small - lr).pow(2).mean((1, 2, 3)).clamp(min=2e-3).sum()
@@ -254,7 +254,7 @@ def test_the_loss_is_the_three_terms_of_each_image(g: Generator, d: Discriminato
     small = resize(image, SMALL, "bicubic")
     maps, target = (d.features(2 * F.interpolate(x, size=SIDE, mode="bilinear") - 1) for x in (small, lr))
     of_d = sum((x - y).abs().flatten(1).mean(1) for x, y in zip(maps[:2], target[:2], strict=True))  # of side 16 and 8
-    w = F.leaky_relu(ours.variables[0] * g.gaussian[1] + g.gaussian[0], 0.2)
+    w = 2**0.5 * F.leaky_relu(ours.variables[0] * g.gaussian[1] + g.gaussian[0], 0.2)
     torch.testing.assert_close(residual, (small - lr).square().mean((1, 2, 3)))
     torch.testing.assert_close(loss, 7 * residual.clamp(min=eps) + 3 * of_d + 0.5 * geodesic(w))
     last = rlse(g, d, lr, KEYS, dataclasses.replace(config, d_layers=1, w_pixel=0, w_geo=0))
@@ -387,7 +387,7 @@ def test_one_code_with_weight_one_is_plain_inversion(g: Generator):
     noises = [noise.double() for noise in noises[:-1]] + [torch.zeros(3, 1, 8, 8).double()]
     z = z.double().requires_grad_()
     for step in range(5):
-        w = F.leaky_relu(z * g.gaussian[1] + g.gaussian[0], 0.2).expand(-1, LAYERS, -1)
+        w = 2**0.5 * F.leaky_relu(z * g.gaussian[1] + g.gaussian[0], 0.2).expand(-1, LAYERS, -1)
         small = F.interpolate(g.synthesis(w, noises), size=SMALL, mode="bilinear")  # in [-1,1]
         (gradient,) = torch.autograd.grad(F.mse_loss(small, 2 * lr - 1) * 3, z)  # each image's mean
         z = (z - 3.0 * gradient).detach().requires_grad_()
@@ -403,7 +403,7 @@ def test_codes_are_mixed_by_weights_that_start_at_one_share(g: Generator):
     assert weights.shape == (3, 3, 6) and (weights == 1 / 3).all()
     weights = torch.rand_like(weights)
     loss, image, residual = search.evaluate([z, weights])
-    w = F.leaky_relu(z * g.gaussian[1] + g.gaussian[0], 0.2)
+    w = 2**0.5 * F.leaky_relu(z * g.gaussian[1] + g.gaussian[0], 0.2)
     noises = search.evaluate.noises
     heads = [
         g.head(w[:, k, None].expand(-1, LAYERS, -1), noises, 2)[0] * weights[:, k, :, None, None] for k in range(3)

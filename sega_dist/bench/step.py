@@ -409,7 +409,7 @@ class Plain(Subject):
                                        {"off": "", "graphs": "reduce-overhead", **MODES}[way.compile])  # fmt: skip
         batch = make_batch(images, 0, config, world)
         lr, hr = (x.contiguous(memory_format=layout) for x in (batch.lr, batch.hr))
-        self.batch = Batch(lr, hr, batch.noise)
+        self.batch = Batch(lr, hr, batch.noise, batch.normals)
         self.networks = [self.loop.g, self.loop.d, self.loop.e]
         self.optimizers = (self.loop.opt_g, self.loop.opt_d)
         for optimizer in self.optimizers:

@@ -6,6 +6,7 @@ from sega_dist.config import Config
 from sega_dist.networks.discriminator import NOISE, Discriminator, EncodingDiscriminator
 from sega_dist.networks.encoder import TrainableEncoder
 from sega_dist.networks.esrgan import EsrganDiscriminator, RrdbNet
+from sega_dist.networks.facegan import FaceDiscriminator, FaceGenerator, draws
 from sega_dist.networks.fsrnet import FsrNet
 from sega_dist.networks.generator import Generator
 from sega_dist.networks.srcnn import Srcnn
@@ -22,7 +23,11 @@ DISCRIMINATORS = {"srgan": SrganDiscriminator, "esrgan": EsrganDiscriminator, "u
 
 
 def build_generator(config: Config) -> nn.Module:
-    """LR (N,3,h,w) in [-1,1] -> SR (N,3,scale*h,scale*w)."""
+    """LR (N,3,h,w) in [-1,1] -> SR (N,3,scale*h,scale*w); of a face GAN, z and noises -> faces."""
+    face = config.facegan
+    if config.is_face_gan:
+        return FaceGenerator(config.hr_size, face.channel_base, face.channel_max, face.z_size, face.w_size,
+                             face.mapping_layers)  # fmt: skip
     scale, generator, norm, is_checkpointing = (
         config.scale, config.generator, config.norm, config.train.activation_checkpointing,
     )  # fmt: skip
@@ -32,7 +37,12 @@ def build_generator(config: Config) -> nn.Module:
 
 
 def build_discriminator(config: Config) -> nn.Module:
-    """(image, semantics, noise) -> logits, with the encoder inside where that is trained with it."""
+    """(image, semantics, noise) -> logits, with the encoder inside where that is trained with it.
+
+    That of a face GAN reads images alone.
+    """
+    if config.is_face_gan:
+        return FaceDiscriminator(config.hr_size, config.facegan.channel_base, config.facegan.channel_max)
     semantics = {"vgg19_pool8": VGG19_SEMANTICS, "trainable": 8 * config.encoder.width, "none": 0}[config.encoder.kind]
     bias = {"auto": config.loss.adv == "bce", "yes": True, "no": False}[config.discriminator.last_bias]
     is_checkpointing = config.train.activation_checkpointing
@@ -51,6 +61,11 @@ def noise_size(config: Config) -> int:
     """Uniform numbers that one image needs for the dropout of its discriminator."""
     of_urdgn = UrdgnDiscriminator.noise_size(config.discriminator.width)
     return {"sega": NOISE, "urdgn": of_urdgn}.get(config.discriminator.kind, 0)
+
+
+def normals_size(config: Config) -> int:
+    """Normal numbers that one image of a face GAN is made from."""
+    return draws(config.hr_size, config.facegan.z_size) if config.is_face_gan else 0
 
 
 def build_vgg19(config: Config) -> Vgg19 | None:

@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sega_dist.config import FACE_SIDES
 from sega_dist.networks.discriminator import full_precision
 
-SIDES = (32, 64, 128, 256, 512, 1024)
 EPS = 1e-8
 
 Features = tuple[Tensor, Tensor]  # a map (N,C,s,s), and the image so far, (N,3,s,s) or (N,3,s/2,s/2)
 
 
 def widths(side: int, channel_base: int, channel_max: int) -> dict[int, int]:
-    """Channels of the maps of sides 4, 8, ... `side`. ValueError for another side than `SIDES`."""
-    if side not in SIDES:
-        raise ValueError(f"side is {side}; it must be one of {', '.join(map(str, SIDES))}")
+    """Channels of the maps of sides 4, 8, ... `side`. ValueError for another side than `FACE_SIDES`."""
+    if side not in FACE_SIDES:
+        raise ValueError(f"side is {side}; it must be one of {', '.join(map(str, FACE_SIDES))}")
     return {s: min(channel_base // s, channel_max) for s in (2**i for i in range(2, side.bit_length()))}
 
 
@@ -178,10 +178,37 @@ class Synthesis(nn.Module):
         return self.steps(self.start(len(w)), w, noises, range(self.layers))[1]
 
 
-class FaceGenerator(nn.Module):
-    """z (N,Z), noises -> images (N,3,side,side), about in [-1,1]. ValueError for another side than `SIDES`.
+def noise_shapes(side: int) -> list[tuple[int, int]]:
+    """Sides of the noises of a generator, in their order: two of each side but the first."""
+    return [(4, 4)] + [(s, s) for s in (2**i for i in range(3, side.bit_length())) for _ in range(2)]
 
-    Noises are L-1 maps (N or 1,1,s,s) that the caller draws; w is (N,L,W) elsewhere, here the same for every layer.
+
+def draws(side: int, z_size: int) -> int:
+    """Normal numbers that one image takes: two z, two for the crossover, the noises."""
+    return 2 * z_size + 2 + sum(height * width for height, width in noise_shapes(side))
+
+
+def from_normals(
+    normals: Tensor, side: int, z_size: int, style_mixing: float
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    """(N, `draws`) standard normal numbers to what `FaceGenerator` reads: z, noises, another z, the crossover.
+
+    With probability `style_mixing` it lies anywhere between two layers, else behind the last (arXiv 1812.04948, 3.1).
+    """
+    shapes = noise_shapes(side)
+    z, other, chances, *maps = normals.split([z_size, z_size, 2, *(height * width for height, width in shapes)], 1)
+    is_mixed, where = torch.special.ndtr(chances.float()).split(1, 1)
+    layers = len(shapes) + 1
+    anywhere = 1 + (where * (layers - 1)).long().clamp(max=layers - 2)
+    crossover = torch.where(is_mixed < style_mixing, anywhere, layers)
+    return z, [x.view(-1, 1, *shape) for x, shape in zip(maps, shapes, strict=True)], other, crossover
+
+
+class FaceGenerator(nn.Module):
+    """z (N,Z), noises -> images (N,3,side,side), about in [-1,1]. ValueError for another side than `FACE_SIDES`.
+
+    Noises are L-1 maps (N or 1,1,s,s) that the caller draws; w is (N,L,W) elsewhere, here the same for every layer, or
+    that of `other` from layer `crossover` (N,1) on.
     """
 
     def __init__(self, side: int, channel_base: int = 16384, channel_max: int = 512, z_size: int = 512,
@@ -194,10 +221,15 @@ class FaceGenerator(nn.Module):
 
     def noise_shapes(self) -> list[tuple[int, int]]:
         """Sides of the L-1 noises, in their order."""
-        return [(s, s) for s in (4 << (number + 1) // 2 for number in range(self.layers - 1))]
+        return noise_shapes(self.side)
 
-    def forward(self, z: Tensor, noises: Sequence[Tensor]) -> Tensor:
-        image: Tensor = self.synthesis(self.mapping(z).unsqueeze(1).expand(-1, self.layers, -1), noises)
+    def forward(self, z: Tensor, noises: Sequence[Tensor], other: Tensor | None = None,
+                crossover: Tensor | None = None) -> Tensor:  # fmt: skip
+        w = self.mapping(z).unsqueeze(1).expand(-1, self.layers, -1)
+        if other is not None and crossover is not None:
+            is_first = torch.arange(self.layers, device=z.device) < crossover
+            w = torch.where(is_first.unsqueeze(2), w, self.mapping(other).unsqueeze(1))
+        image: Tensor = self.synthesis(w, noises)
         return image
 
     def head(self, w: Tensor, noises: Sequence[Tensor], layer: int) -> Features:
@@ -254,7 +286,7 @@ def with_deviation(x: Tensor, group: int) -> Tensor:
 
 
 class FaceDiscriminator(nn.Module):
-    """Images (N,3,side,side) in [-1,1] -> logits (N,1). ValueError for another side than `SIDES`.
+    """Images (N,3,side,side) in [-1,1] -> logits (N,1). ValueError for another side than `FACE_SIDES`.
 
     A logit depends on its own image alone, unless the last layers see how the images of a `group` differ: N is then
     a multiple of it, or less, and the loss depends on which images are judged together.
