@@ -27,6 +27,11 @@ COMMANDS = {
     "compare": ("sega_dist.compare", "main", "snapshots side by side: the paper's tables and figures"),
     "report": ("sega_dist.report", "main", "one page about training runs: curves, faces, scores, settings"),
     "upscale": ("sega_dist.upscale", "main", "super-resolve photographs"),
+    "explore": (
+        "sega_dist.explore",
+        "main",
+        "faces from a few pixels, by searching a face GAN: RLSE, PULSE, mGANprior",
+    ),
     "export": ("sega_dist.export", "main", "a snapshot with its scores as one safetensors or ONNX file"),
     "import": ("sega_dist.foreign", "main", "weights of BasicSR, ESRGAN, SRGAN-PyTorch as a snapshot"),
     "bench kernels": (

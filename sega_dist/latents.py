@@ -22,6 +22,7 @@ class Explorable(Protocol):
 
     side: int  # R, of its images in pixels
     layers: int  # L, how many w an image takes; 1 without a mapping network
+    splits: int  # the last layer before which `head` may end
     z_size: int  # of the mapping network's input; without one w_size
     w_size: int  # W
     gaussian: tuple[Tensor, Tensor] | None  # mean and std (W,) of the mapping's last pre-activation; None: w is z

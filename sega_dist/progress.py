@@ -10,20 +10,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 
 @contextlib.contextmanager
-def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Gives a function to call with how many of `total` images were done since the last call."""
-    console, began, done = Console(file=sys.stderr), time.perf_counter(), 0
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
+def progress(what: str, total: int, unit: str = "images") -> Iterator[Callable[..., None]]:
+    """Gives a function to call with how many of `total` were done since the last call, and a note."""
+    console, began, done, said = Console(file=sys.stderr), time.perf_counter(), 0, ""
+    texts = TextColumn("{task.fields[speed]}"), TextColumn("{task.fields[note]}")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *texts)
     with Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(what, total=total, speed="")
+        task = bar.add_task(what, total=total, speed="", note="")
 
-        def advance(count: int) -> None:
-            nonlocal done
+        def advance(count: int, note: str = "") -> None:
+            nonlocal done, said
+            said = note or said
             tenth, done = done * 10 // total, done + count
-            speed = f"{done / (time.perf_counter() - began):.3g} images/s"
+            speed = f"{done / (time.perf_counter() - began):.3g} {unit}/s"
             bar.update(task, advance=count, speed=speed)
             if not console.is_terminal and done * 10 // total > tenth:
                 left = (total - done) * (time.perf_counter() - began) / done
-                print(f"{what}: {done:,} / {total:,} images, {speed}, {left:.0f} s left", file=sys.stderr, flush=True)
+                print(
+                    f"{what}: {done:,} / {total:,} {unit}, {speed}, {left:.0f} s left{said and f', {said}'}",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
         yield advance

@@ -6,6 +6,7 @@ Each image is searched as if alone: losses are (N,), summed for the gradient onl
 import copy
 import functools
 import hashlib
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -52,6 +53,29 @@ class MganConfig:
     steps: int = 2000
     learning_rate: float = 1.0  # of plain SGD
     w_vgg: float = 1e-3  # weight of the perceptual distance, where one is given
+
+
+def check_rlse(config: RlseConfig) -> None:
+    """UserError for a key that cannot be."""
+    for name in ("learning_rate", "steps", "init_candidates"):
+        _check(f"rlse.{name}", getattr(config, name), getattr(config, name) > 0, "above 0")
+    for name in ("w_pixel", "lambda_s", "w_geo", "eps", "d_layers", "noise_layers"):
+        _check(f"rlse.{name}", getattr(config, name), getattr(config, name) >= 0, "0 or more")
+    is_lost = config.w_pixel == config.lambda_s == 0
+    _check("rlse.w_pixel", config.w_pixel, not is_lost, "above 0 where rlse.lambda_s is 0: nothing else sees LR")
+
+
+def check_mgan(config: MganConfig) -> None:
+    """UserError for a key that cannot be."""
+    for name in ("codes", "steps", "learning_rate"):
+        _check(f"mgan.{name}", getattr(config, name), getattr(config, name) > 0, "above 0")
+    for name in ("layer", "w_vgg"):
+        _check(f"mgan.{name}", getattr(config, name), getattr(config, name) >= 0, "0 or more")
+
+
+def _check(key: str, value: float, is_legal: bool, legal: str) -> None:
+    if not is_legal or not math.isfinite(value):
+        raise UserError(f"{key} is {value}; it must be {legal}")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from sega_dist.networks.build import build_generator
 FORMAT = 1
 SNAPSHOTS = "snapshots"
 EVAL = "eval"  # a run's scores
+# What a file raises that is not what it claims to be.
+BROKEN = (ArithmeticError, AttributeError, KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError)
 METADATA = "sega_dist"  # key in the safetensors header, and in the metadata of an ONNX model
 
 
@@ -72,22 +74,33 @@ def load_snapshot(path: Path, device: Device | torch.device = "cpu", kernels: Ke
             model = OnnxGenerator(file, device)
             values, config = _read(model.metadata, file)
             return Snapshot(model, config, values["nimg"], device, str(values.get("data", "")))
-        with safe_open(file, "pt") as opened:
-            values, config = _read(opened.metadata() or {}, file)
-        state = load_file(file)
-        if values.get("sha256", _digest(state)) != _digest(state):
-            raise ValueError("its weights differ from their digest")
-        if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
-            raise ValueError("a weight is not finite")
+        values, config, state = read_snapshot(file)
         generator = build_generator(dataclasses.replace(config, kernels=kernels))
         generator.load_state_dict(state)
         generator.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         return Snapshot(generator, config, values["nimg"], device, str(values.get("data", "")))
-    except OSError as error:
-        raise UserError(f"cannot read snapshot {file}: {error.strerror or error}") from None
-    except (ArithmeticError, AttributeError, KeyError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
-        reason = str(error).splitlines()[0][:120]
-        raise UserError(f"{file} is not a whole snapshot ({type(error).__name__}: {reason})") from None
+    except BROKEN as error:
+        raise broken(file, error) from None
+
+
+def read_snapshot(file: Path) -> tuple[dict[str, Any], Config, dict[str, Tensor]]:
+    """The header's values, the configuration in it, and the weights; `BROKEN` where these are not whole."""
+    with safe_open(file, "pt") as opened:
+        values, config = _read(opened.metadata() or {}, file)
+    state = load_file(file)
+    if values.get("sha256", _digest(state)) != _digest(state):
+        raise ValueError("its weights differ from their digest")
+    if not all(bool(tensor.isfinite().all()) for tensor in state.values()):
+        raise ValueError("a weight is not finite")
+    return values, config, state
+
+
+def broken(file: Path, error: Exception) -> UserError:
+    """One line on a file that raised one of `BROKEN`."""
+    if isinstance(error, OSError):
+        return UserError(f"cannot read snapshot {file}: {error.strerror or error}")
+    reason = str(error).splitlines()[0][:120]
+    return UserError(f"{file} is not a whole snapshot ({type(error).__name__}: {reason})")
 
 
 def _read(metadata: dict[str, str], file: Path) -> tuple[dict[str, Any], Config]:

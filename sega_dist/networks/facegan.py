@@ -216,6 +216,8 @@ class FaceGenerator(nn.Module):
         super().__init__()
         channels = widths(side, channel_base, channel_max)
         self.side, self.z_size, self.w_size, self.layers = side, z_size, w_size, 2 * len(channels)
+        self.splits = self.layers
+        self.gaussian: tuple[Tensor, Tensor] | None = None  # mean and std (W,) of the mapping's last pre-activation
         self.mapping = Mapping(z_size, w_size, mapping_layers)
         self.synthesis = Synthesis(channels, w_size)
 
@@ -236,9 +238,10 @@ class FaceGenerator(nn.Module):
         """What reads w[:, :layer] and noises[:layer] alone; 0 <= layer <= L."""
         return self.synthesis.steps(self.synthesis.start(len(w)), w, noises, range(layer))
 
-    def tail(self, features: Features, w: Tensor, noises: Sequence[Tensor], layer: int) -> Tensor:
+    def tail(self, features: tuple[Tensor, ...], w: Tensor, noises: Sequence[Tensor], layer: int) -> Tensor:
         """From what `head` returned to images, (N,3,side,side): reads w[:, layer:] and noises[layer:] alone."""
-        return self.synthesis.steps(features, w, noises, range(layer, self.layers))[1]
+        maps, image = features
+        return self.synthesis.steps((maps, image), w, noises, range(layer, self.layers))[1]
 
 
 class Convolution(Resampling):
