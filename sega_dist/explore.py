@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sega_dist import config as configuration
 from sega_dist.arguments import Device, InPath, OutPath, check_folder, parse
+from sega_dist.data.crops import decode
 from sega_dist.data.pairs import to_uint8
 from sega_dist.data.shards import write_whole
 from sega_dist.distributed import WAIT, World
@@ -33,6 +34,7 @@ from sega_dist.errors import UserError, run
 from sega_dist.faces import Faces, TinyFaceConfig, open_faces
 from sega_dist.gan import Gan, load_gan
 from sega_dist.networks.vgg19 import CONV3_3, Vgg19
+from sega_dist.paper import MGANPRIOR, PULSE, RLSE
 from sega_dist.pictures import Panel, grid, to_image, to_tensor
 from sega_dist.progress import progress
 from sega_dist.search import Found, MganConfig, Perceptual, RlseConfig, Search, check_mgan, check_rlse, mganprior, rlse
@@ -211,7 +213,7 @@ def describe(command: ExploreCommand, world: World, gan: Gan, faces: Faces) -> d
     keys: dict[str, Any] = {"rlse": settings(command)} if command.method != "mganprior" else {"mgan": command.mgan}
     return {
         "method": command.method, "scale": command.scale, "side": gan.generator.side, "gan": gan.sha256,
-        "gan_file": gan.file.name, "gan_nimg": gan.nimg, "gan_data": gan.data, "parameters": gan.parameters,
+        "gan_file": gan.file.name, "nimg": gan.nimg, "data": gan.data, "parameters": gan.parameters,
         "faces": faces.digest, "images": len(faces), "seed": command.seed, "restarts": command.restarts,
         "batch": command.batch, "precision": command.precision, "save_steps": command.save_steps,
         "vgg19": bool(command.vgg19), "device": world.device.type, "tinyface": dataclasses.asdict(command.tinyface),
@@ -227,6 +229,65 @@ def perceptual_of(vgg19: Vgg19) -> Perceptual:
         return (x - y).abs().flatten(1).mean(1)
 
     return distance
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What a folder of results holds, as a method that can be compared with others."""
+
+    folder: Path
+    header: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The literature's."""
+        method = self.header["method"]
+        if method == "rlse" and not self.header["rlse"]["lambda_s"]:
+            method = "pulse"
+        return {"rlse": RLSE, "pulse": PULSE, "mganprior": MGANPRIOR}[method]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that makes two searches another method."""
+        free = {"method", "seed", "batch", "faces", "images", "gan_file", "device", "save_steps", "seconds_a_face"}
+        kept = {name: value for name, value in self.header.items() if name not in free | {"versions", "mean"}}
+        return configuration.flat(kept)
+
+    def super_resolve(self, lr: Tensor, scale: int, names: list[str]) -> Tensor:
+        """The faces that were found for these."""
+        side = self.header["side"]
+        faces = []
+        for name in names:
+            file = self.folder / IMAGES / png(name)
+            if not file.is_file():
+                raise UserError(
+                    f"{file} is missing: search for all faces that are compared, or compare fewer: --images"
+                )
+            face = to_tensor(decode(file.read_bytes()))
+            if face.shape != (3, side, side):
+                raise UserError(f"{file} is not of {side}x{side} pixels")
+            faces.append(face)
+        return torch.stack(faces).to(lr.device)
+
+
+def is_search(folder: Path) -> bool:
+    """Whether explore wrote it."""
+    return (folder / HEADER).is_file()
+
+
+def read_search(folder: Path) -> Searched:
+    """What explore found; UserError where it is not at its end, or was changed."""
+    file = folder / RESULTS
+    if not file.is_file():
+        raise UserError(f"{folder} holds a search that is not at its end; give explore the same command again")
+    try:
+        found = Searched(folder, json.loads(file.read_text()))
+        numbers = [found.header[name] for name in ("scale", "side", "seed", "nimg", "parameters", "seconds_a_face")]
+        if not all(isinstance(number, (int, float)) for number in numbers) or not found.name:
+            raise TypeError("a number is none")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged ({error}); remove it, and give explore the same command again") from None
+    return found
 
 
 def _check(command: ExploreCommand) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from sega_dist.progress import progress
 from sega_dist.snapshot import Snapshot
 from sega_dist.weights import load_lpips
 
-SuperResolve = Callable[[Tensor, int], Tensor]  # LR (N,3,h,w) uint8, scale -> SR (N,3,scale*h,scale*w) uint8
+# LR (N,3,h,w) uint8, scale, the images' names -> SR (N,3,scale*h,scale*w) uint8
+SuperResolve = Callable[[Tensor, int, list[str]], Tensor]
 LR = "bicubic, antialiased, a = -0.5, rounded to 8 bits"
 
 
@@ -60,7 +62,7 @@ def of_snapshot(snapshot: Snapshot, name: str) -> SuperResolve:
     """The snapshot's generator; UserError for one that makes what is no number."""
 
     @torch.no_grad()
-    def super_resolve(lr: Tensor, _: int) -> Tensor:
+    def super_resolve(lr: Tensor, _: int, __: list[str]) -> Tensor:
         sr = snapshot.generator(to_unit(lr))
         if not bool(sr.isfinite().all()):
             raise UserError(f"{name} makes images with values that are not numbers: its training went astray")
@@ -70,7 +72,7 @@ def of_snapshot(snapshot: Snapshot, name: str) -> SuperResolve:
 
 
 def _by_pillow(resampling: Image.Resampling) -> SuperResolve:
-    def enlarge(lr: Tensor, scale: int) -> Tensor:
+    def enlarge(lr: Tensor, scale: int, _: list[str]) -> Tensor:
         size = (scale * lr.shape[3], scale * lr.shape[2])
         return torch.stack([to_tensor(to_image(image).resize(size, resampling)) for image in lr]).to(lr.device)
 
@@ -78,7 +80,7 @@ def _by_pillow(resampling: Image.Resampling) -> SuperResolve:
 
 
 CLASSICAL: dict[str, SuperResolve] = {
-    "bicubic": lambda lr, scale: bicubic(lr, scale * lr.shape[2], scale * lr.shape[3]),
+    "bicubic": lambda lr, scale, _: bicubic(lr, scale * lr.shape[2], scale * lr.shape[3]),
     "lanczos": _by_pillow(Image.Resampling.LANCZOS),
     "bilinear": _by_pillow(Image.Resampling.BILINEAR),
     "nearest": _by_pillow(Image.Resampling.NEAREST),
@@ -98,13 +100,14 @@ class Scores:
 
 
 def score(world: World, reader: ShardReader, scale: int, methods: dict[str, SuperResolve], judge: Metrics, batch: int,
-          shown: int, keep: Callable[[str, dict[str, Tensor]], None] | None = None) -> Scores:  # fmt: skip
-    """Score the whole split, the same on every rank; `keep` sees each image's name, LR and
+          shown: int, keep: Callable[[str, dict[str, Tensor]], None] | None = None,
+          images: int = 0) -> Scores:  # fmt: skip
+    """Score the whole split or its first `images`, the same on every rank; `keep` sees each image's name, LR and
     SR by the last method, on the rank that has it.
 
     Ranks share the batches, not the images of one, so that the scores are the same bits for any number of ranks.
     """
-    count, side = len(reader), reader.manifest.size
+    count, side = min(images or len(reader), len(reader)), reader.manifest.size
     values = torch.zeros(count, len(methods), len(judge.names), dtype=torch.float64, device=world.device)
     pictures = torch.zeros(len(methods), min(shown, count), 3, side, side, dtype=torch.uint8, device=world.device)
     seen = torch.zeros(count, dtype=torch.int32, device=world.device)
@@ -121,7 +124,7 @@ def score(world: World, reader: ShardReader, scale: int, methods: dict[str, Supe
                 hr = hr.to(world.device)
                 lr = bicubic(hr, side // scale, side // scale)
                 for number, (method, super_resolve) in enumerate(methods.items()):
-                    sr, spent = _timed(world, super_resolve, lr, scale)
+                    sr, spent = timed(world, partial(super_resolve, lr, scale, names))
                     seconds[method] += spent
                     values[rows, number] = judge(hr, sr)
                     pictures[number, rows] = sr[: len(pictures[number, rows])]
@@ -141,6 +144,27 @@ def score(world: World, reader: ShardReader, scale: int, methods: dict[str, Supe
     return Scores(tuple(methods), judge.names, names, world.sum_of(values).cpu(), seen_faces, speeds)
 
 
+def score_native(world: World, names: list[str], small: Callable[[range], Tensor], scale: int,
+                 methods: dict[str, SuperResolve], judge: Niqe, batch: int) -> Scores:  # fmt: skip
+    """NIQE of faces that have no HR, the same on every rank; `small` gives LR (N,3,h,h) uint8 by number."""
+    values = torch.zeros(len(names), len(methods), 1, dtype=torch.float64)
+    seconds, made = dict.fromkeys(methods, 0.0), 0
+    parts = [range(start, min(start + batch, len(names))) for start in range(0, len(names), batch)]
+    mine = parts[world.rank :: world.size]
+    bar = progress(f"scoring NIQE x{scale}", sum(map(len, mine)))
+    with world.together(), bar if world.is_main else contextlib.nullcontext(lambda _: None) as advance:
+        for part in mine:
+            lr, here = small(part).to(world.device), [names[i] for i in part]
+            for number, (method, super_resolve) in enumerate(methods.items()):
+                sr, spent = timed(world, partial(super_resolve, lr, scale, here))
+                seconds[method] += spent
+                values[part.start : part.stop, number, 0] = niqe(sr.cpu(), judge).double()
+            made += len(part)
+            advance(len(part))
+    speeds = {method: made / spent if spent else 0.0 for method, spent in seconds.items()}
+    return Scores(tuple(methods), ("niqe",), names, world.sum_of(values.to(world.device)).cpu(), {}, speeds)
+
+
 def protocol(reader: ShardReader, judge: Metrics, device: torch.device) -> dict[str, Any]:
     """What a score means: stamped into every result."""
     manifest = reader.manifest
@@ -158,9 +182,10 @@ def read_whole(reader: ShardReader, numbers: range) -> tuple[Tensor, list[str]]:
         raise UserError(f"{reader.manifest.folder} is damaged: {error}; sega-dist verify names every shard") from None
 
 
-def _timed(world: World, super_resolve: SuperResolve, lr: Tensor, scale: int) -> tuple[Tensor, float]:
+def timed(world: World, make: Callable[[], Tensor]) -> tuple[Tensor, float]:
+    """What it makes, and in how many seconds."""
     began = time.perf_counter()
-    sr = super_resolve(lr, scale)
+    sr = make()
     if world.device.type == "cuda":
         torch.cuda.synchronize()
     return sr, time.perf_counter() - began

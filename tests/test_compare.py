@@ -115,7 +115,7 @@ def test_scores_are_those_of_evaluate(runs: Path, manifest: Manifest, big: Path,
 @pytest.mark.parametrize("method", ["bicubic", "lanczos", "bilinear", "nearest"])
 def test_classical_filters_are_pillows(method: str, scale: int):
     lr = portraits(3, 64)[:, :, :24, :40]
-    made = CLASSICAL[method](lr, scale)
+    made = CLASSICAL[method](lr, scale, [])
     filters = Image.Resampling[method.upper()]
     for one, image in zip(made, lr, strict=True):
         expected = to_tensor(to_image(image).resize((40 * scale, 24 * scale), filters))
