@@ -165,6 +165,7 @@ def validate(config: Config) -> Config:
     is_trained = config.encoder.kind == "trainable"
     has_semantics = config.has_discriminator and config.encoder.kind != "none"
     kind, judge = config.generator.kind, config.discriminator.kind
+    least = 8 if kind == "sega" or has_semantics else 4  # an embedding is of 8x8
     rules = [
         (size >= 32 and size % 32 == 0, "data.size", size, "a multiple of 32, at least 32"),
         (
@@ -173,7 +174,12 @@ def validate(config: Config) -> Config:
             patch,
             "0, or a multiple of 32 up to data.size",
         ),
-        (config.lr_size >= 8, "scale", scale, f"such that LR has 8 pixels a side at least (HR has {config.hr_size})"),
+        (
+            config.lr_size >= least,
+            "scale",
+            scale,
+            f"such that LR has {least} pixels a side at least (HR has {config.hr_size})",
+        ),
         (
             not has_semantics or config.hr_size <= 256,
             "data.size or data.patch",

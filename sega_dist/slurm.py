@@ -13,12 +13,13 @@ from sega_dist.arguments import parse, split
 from sega_dist.errors import UserError
 from sega_dist.launch import LAUNCHERS, accelerate_file
 
+MODULES = ("compare", "explore")  # that evaluate.sbatch starts as well
 NAME = re.compile(r"[A-Za-z0-9._-]+")  # of what stands on an #SBATCH line, which no quotes protect
 
 
 @dataclass(frozen=True)
 class Slurm:
-    job: Annotated[Positional[Literal["train", "sweep", "shard", "evaluate"]], tyro.conf.arg(metavar="JOB")]
+    job: Annotated[Positional[Literal["train", "sweep", "shard", "evaluate", "compare", "explore"]], tyro.conf.arg(metavar="JOB")]
     nodes: int = 0  # 0, here and below: as in launchers/slurm/JOB.sbatch
     gpus: int = -1  # a node; with 0 give --processes
     cpus: int = 0  # a task
@@ -54,11 +55,14 @@ def script(slurm: Slurm, words: list[str]) -> str:
         raise UserError("an argument holds a zero byte")
     if slurm.engine:
         accelerate_file(slurm.engine)
-    text = (LAUNCHERS / f"slurm/{slurm.job}.sbatch").read_text()
+    is_module = slurm.job in MODULES
+    text = (LAUNCHERS / f"slurm/{'evaluate' if is_module else slurm.job}.sbatch").read_text()
+    text = _replaced(text, "job-name", f"sega-dist-{slurm.job}") if is_module else text
     for option, value in _sbatch(slurm).items():
         text = _replaced(text, option, value)
     variables = {"PYTHON": sys.executable, "LAUNCHERS": str(LAUNCHERS), "ENGINE": slurm.engine}
     variables["PROCESSES"] = str(slurm.processes) if slurm.processes else ""
+    variables["MODULE"] = slurm.job if is_module else ""
     given = [f"export {name}={shlex.quote(value)}" for name, value in variables.items() if value]
     return text.replace(
         "set -euo pipefail\n", "\n".join(["set -euo pipefail", *given, f"set -- {shlex.join(words)}\n"])
