@@ -19,7 +19,9 @@ NAME = re.compile(r"[A-Za-z0-9._-]+")  # of what stands on an #SBATCH line, whic
 
 @dataclass(frozen=True)
 class Slurm:
-    job: Annotated[Positional[Literal["train", "sweep", "shard", "evaluate", "compare", "explore"]], tyro.conf.arg(metavar="JOB")]
+    job: Annotated[
+        Positional[Literal["train", "sweep", "shard", "evaluate", "compare", "explore"]], tyro.conf.arg(metavar="JOB")
+    ]
     nodes: int = 0  # 0, here and below: as in launchers/slurm/JOB.sbatch
     gpus: int = -1  # a node; with 0 give --processes
     cpus: int = 0  # a task

@@ -646,10 +646,10 @@ def test_stop_and_resume_on_two_ranks(manifest: Manifest, tmp_path: Path):
 @pytest.mark.parametrize(
     ("method", "steps", "rate", "size"),
     [
-        ("srcnn", 2000, 2e-3, {}),
+        pytest.param(*("srcnn", 2000, 2e-3, {}), marks=pytest.mark.soak),
         ("vdsr", 200, 1e-3, {"blocks": 4}),
-        ("srresnet", 800, 1e-3, {"blocks": 4}),
-        ("esrgan", 800, 1e-3, {"blocks": 1}),
+        pytest.param(*("srresnet", 800, 1e-3, {"blocks": 4}), marks=pytest.mark.soak),
+        pytest.param(*("esrgan", 800, 1e-3, {"blocks": 1}), marks=pytest.mark.soak),
         ("urdgn", 120, 1e-3, {"channels": 16}),
         ("fsrnet", 200, 1e-3, {}),
     ],

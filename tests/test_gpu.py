@@ -201,3 +201,46 @@ def test_bicubic_is_pillows_on_the_device(scale: int):
     for images in (torch.from_numpy(pixels)[None].permute(0, 3, 1, 2), to_tensor(Image.fromarray(pixels))[None]):
         ours = bicubic(images.cuda(), 256 // scale, 256 // scale)[0].cpu()
         assert (ours.int() - to_tensor(small).int()).abs().max() <= 1
+
+
+TINY_FACES = ("--preset", "facegan_64", "--facegan.channel-base", 1024, "--facegan.channel-max", 64,
+              "--train.batch-size", 16, "--train.images", 512, "--train.tick-kimg", 0.256)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def face_gan(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> Path:
+    run = tmp_path_factory.mktemp("gan") / "run"
+    program("train", *TINY_FACES, "--data", manifest.folder, "--data.size", manifest.size, "--out", run, env=ON_GPU)
+    return run
+
+
+def explored(gan: Path, lr: Path, out: Path, *words: Any) -> dict[str, Any]:
+    program("explore", lr, out, "--gan", gan, "--device", "cuda", *words, env=ON_GPU)
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def small_faces(tmp_path_factory: pytest.TempPathFactory, manifest: Manifest) -> Path:
+    folder = tmp_path_factory.mktemp("lr")
+    for number in range(32):
+        pixels = np.random.default_rng(number).integers(0, 256, (manifest.size // 8, manifest.size // 8, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+    return folder
+
+
+@pytest.mark.parametrize("words", [(), ("--precision", "bf16"), ("--compile",)])
+def test_a_search_on_the_device_is_the_hosts(face_gan: Path, small_faces: Path, tmp_path: Path, words: tuple[str, ...]):
+    host = tmp_path / "host"
+    program("explore", small_faces, host, "--gan", face_gan, "--images", 4, "--rlse.steps", 5, "--device", "cpu")
+    mine = explored(face_gan, small_faces, tmp_path / "device", "--images", 4, "--rlse.steps", 5, *words)
+    theirs = json.loads((host / "results.json").read_text())
+    assert mine["mean"]["loss"] == pytest.approx(theirs["mean"]["loss"], rel=0.05 if "bf16" in words else 1e-3)
+
+
+def test_sixteen_faces_at_once_are_four_times_cheaper_each(face_gan: Path, small_faces: Path, tmp_path: Path):
+    seconds: dict[int, list[float]] = {1: [], 16: []}
+    for number in range(3):
+        for batch, found in seconds.items():
+            words = ("--batch", batch, "--images", 32 if batch == 16 else 3)
+            found.append(explored(face_gan, small_faces, tmp_path / f"{batch}-{number}", *words)["seconds_a_face"])
+    assert sorted(seconds[1])[1] >= 4 * sorted(seconds[16])[1], seconds
