@@ -78,7 +78,8 @@ def normal(seed: int, stream: int, first: int, count: int, width: int, device: t
     integers are the same on every device, and logarithm and cosine to a rounding.
     """
     key = int(raw(seed, stream, 0, 0, 1)[0])
-    starts = torch.tensor([_signed(_mixed(number, key)) for number in range(first, first + count)], device=device)
+    numbers = [_signed(_mixed(number, key)) for number in range(first, first + count)]
+    starts = torch.tensor(numbers, dtype=torch.int64, device=device)
     half = -(-width // 2)
     z = starts[:, None] + torch.arange(1, 2 * half + 1, device=device) * _signed(GOLDEN)
     z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)

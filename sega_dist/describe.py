@@ -19,6 +19,7 @@ from sega_dist.config import Config
 from sega_dist.errors import run
 from sega_dist.networks.build import build_discriminator, build_generator, noise_size
 from sega_dist.networks.discriminator import EncodingDiscriminator
+from sega_dist.networks.facegan import noise_shapes
 from sega_dist.networks.vgg19 import CONVOLUTIONS, Vgg19
 from sega_dist.presets import preset
 
@@ -62,6 +63,8 @@ def describe(config: Config) -> dict[str, dict[str, Any]]:
 
 
 def _describe(config: Config) -> dict[str, dict[str, Any]]:
+    if config.is_face_gan:
+        return _describe_face_gan(config)
     hr, lr = torch.empty(2, 3, config.hr_size, config.hr_size), torch.empty(2, 3, config.lr_size, config.lr_size)
     noise = torch.empty(2, noise_size(config))
     generator, photograph = build_generator(config).eval(), config.data.size // config.scale
@@ -83,6 +86,17 @@ def _describe(config: Config) -> dict[str, dict[str, Any]]:
         features = Vgg19(CONVOLUTIONS[config.loss.content], config.loss.content)
         networks["features"] = _row(features, "image", hr, features.content)
     return networks
+
+
+def _describe_face_gan(config: Config) -> dict[str, dict[str, Any]]:
+    face, shapes = config.facegan, noise_shapes(config.hr_size)
+    generator, discriminator = build_generator(config), build_discriminator(config)
+    z, noises = torch.empty(1, face.z_size), [torch.empty(1, 1, *shape) for shape in shapes]
+    hr = torch.empty(1, 3, config.hr_size, config.hr_size)
+    return {
+        "generator": _row(generator, "z", z, lambda z: generator(z, noises)),
+        "discriminator": _row(discriminator, "image", hr, discriminator),
+    }
 
 
 def _encoder(discriminator: nn.Module) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:

@@ -51,13 +51,16 @@ def cut(sheet: Image.Image, side: int = 256) -> list[list[Image.Image]]:
 
 
 def curves(entries: list[dict[str, Any]], path: Path) -> None:
-    """Losses, logits and preview PSNR against thousands of images, from the lines of stats.jsonl, to a PNG."""
+    """Losses, logits, and preview PSNR or R1 against thousands of images, from the lines of stats.jsonl, to a PNG."""
     panels = {
         "generator": ["loss_g", "loss_content", "loss_pixel"],
         "discriminator": ["loss_d", "loss_adv"],
         "logits": ["d_real", "d_fake"],
-        "preview PSNR, dB": ["preview_psnr", "preview_psnr_bicubic"],
     }
+    if any("r1" in entry for entry in entries):  # of a face GAN, which has no PSNR
+        panels["R1"] = ["r1"]
+    else:
+        panels["preview PSNR, dB"] = ["preview_psnr", "preview_psnr_bicubic"]
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     for axis, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for name in names:

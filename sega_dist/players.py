@@ -36,6 +36,8 @@ class Players:
     def __init__(self, world: World, config: Config, features: Vgg19 | None):
         if config.compile != "off" and world.zero is not None:
             raise UserError(f"compile is {config.compile}: DeepSpeed's engine works with compile off only; or use DDP")
+        if config.is_face_gan and world.zero is not None:  # it takes R1's inner gradient for the whole, ZeRO-3 parts it
+            raise UserError("generator.kind is facegan: DeepSpeed's engine goes backward once, R1 twice; use DDP")
         self.world, self.config = world, config
         generator = build_generator(config)
         self.shown = copy.deepcopy(world.place(generator)).eval().requires_grad_(False)
@@ -79,7 +81,8 @@ class Players:
         self._set_learning_rate(learning_rate(self.config.train, nimg))
         batch, regularised = self.recorder.hold(batch), dict[str, Tensor]()
         if self.objective.is_regularised(nimg):
-            regularised = self._piece(self.regularise, batch)
+            # Other pieces, recorded before it, compute where its outputs lie.
+            regularised = {name: value.clone() for name, value in self._piece(self.regularise, batch).items()}
         if self.discriminator is None or nimg < self.config.train.content_warmup_kimg * 1000:
             statistics = self._piece(self.content_step, batch)
         else:

@@ -7,12 +7,12 @@ import itertools
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 from PIL import Image
 
@@ -40,6 +40,7 @@ CHARTS = {
     "Adversarial loss": {"loss_d": "discriminator", "loss_adv": "generator"},
     "Discriminator's score": {"d_real": "D(real)", "d_fake": "D(fake)"},
     "Discriminator's accuracy": {"d_accuracy": "as it is", "d_accuracy_exchanged": "images exchanged"},
+    "R1, squared gradient at real images": {"r1": "R1"},
     "Share of the adversarial gradient": {"adv_gradient_ratio": "adv_gradient_ratio"},
     "Throughput, images/s": {"images_per_s": "images/s"},
     "Waiting for data, share of time": {"data_wait": "data wait"},
@@ -50,6 +51,7 @@ DASHED = ["preview_psnr_bicubic", "d_fake", "d_accuracy_exchanged"]
 Entries = list[dict[str, Any]]
 Points = list[tuple[float, float]]  # kimg, value
 Facts = dict[str, tuple[str, str]]  # what -> how much, and a remark
+S = TypeVar("S")
 
 
 @dataclass(frozen=True)
@@ -226,22 +228,40 @@ def _score(name: str, value: Any) -> str:
 
 
 def _faces(folder: Path, notes: list[str]) -> dict[str, Any]:
-    """Times in kimg, and for each face its LR, bicubic and HR once and its SR at each time, as addresses of images."""
-    named = ((re.fullmatch(r"preview-(\d{1,15})\.png", file.name), file) for file in folder.glob("preview-*.png"))
+    """Times in kimg, and for each face its LR, bicubic and HR once and its SR at each time, as addresses of images.
+
+    Of a face GAN, whose sheets hold its own faces: times, and each sheet at half its size.
+    """
+    sheets, samples = _sheets(folder, "preview", _compared, notes), _sheets(folder, "faces", _halved, notes)
+    count = min([FACES, *(len(sheet) for _, sheet in sheets)]) if sheets else 0
+    faces = [_face([sheet[i] for _, sheet in sheets]) for i in range(count)]
+    times = [kimg for kimg, _ in sheets or samples]
+    return {"times": times, "faces": faces, "samples": [sheet for _, sheet in samples]}
+
+
+def _sheets(folder: Path, name: str, use: Callable[[Image.Image], S], notes: list[str]) -> list[tuple[float, S]]:
+    """Time in kimg, and what `use` makes of NAME-*.png, of at most TIMES evenly over time; notes on what is damaged."""
+    named = ((re.fullmatch(rf"{name}-(\d{{1,15}})\.png", file.name), file) for file in folder.glob(f"{name}-*.png"))
     found = sorted((int(match[1]), file) for match, file in named if match and file.is_file())
     chosen = sorted({round(i * (len(found) - 1) / (TIMES - 1)) for i in range(TIMES)}) if found else []
-    times, sheets = list[float](), list[list[list[Image.Image]]]()
+    sheets = list[tuple[float, S]]()
     for nimg, file in (found[i] for i in chosen):
         try:
-            sheet = cut(decode(file.read_bytes()))
-            if len(sheet[0]) != len(COLUMNS):
-                raise ValueError(f"{len(sheet[0])} columns, not {', '.join(COLUMNS)}")
+            sheets.append((nimg / 1000, use(decode(file.read_bytes()))))
         except (OSError, UnusableImage, ValueError) as error:
             notes.append(f"pictures/{file.name} is left out: {error.strerror if isinstance(error, OSError) else error}")
-            continue
-        times, sheets = [*times, nimg / 1000], [*sheets, sheet]
-    count = min([FACES, *map(len, sheets)]) if sheets else 0
-    return {"times": times, "faces": [_face([sheet[i] for sheet in sheets]) for i in range(count)]}
+    return sheets
+
+
+def _compared(sheet: Image.Image) -> list[list[Image.Image]]:
+    rows = cut(sheet)
+    if len(rows[0]) != len(COLUMNS):
+        raise ValueError(f"{len(rows[0])} columns, not {', '.join(COLUMNS)}")
+    return rows
+
+
+def _halved(sheet: Image.Image) -> str:
+    return _address(sheet.reduce(2))
 
 
 def _face(rows: list[list[Image.Image]]) -> dict[str, Any]:

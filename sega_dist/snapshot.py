@@ -75,6 +75,8 @@ def load_snapshot(path: Path, device: Device | torch.device = "cpu", kernels: Ke
             values, config = _read(model.metadata, file)
             return Snapshot(model, config, values["nimg"], device, str(values.get("data", "")))
         values, config, state = read_snapshot(file)
+        if config.is_face_gan:
+            raise UserError(f"{file} is a face GAN, which makes faces from nothing: sega-dist explore --gan {file}")
         generator = build_generator(dataclasses.replace(config, kernels=kernels))
         generator.load_state_dict(state)
         generator.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]

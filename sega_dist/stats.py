@@ -111,7 +111,8 @@ class Report:
     @staticmethod
     def _line(entry: dict[str, Any]) -> str:
         shown = {"images/s": "images_per_s", "loss_d": "loss_d", "loss_g": "loss_g", "D(real)": "d_real",
-                 "D(fake)": "d_fake", "data": "data_wait", "PSNR": "preview_psnr", "GB": "memory_gb"}  # fmt: skip
+                 "D(fake)": "d_fake", "R1": "r1", "data": "data_wait", "PSNR": "preview_psnr",
+                 "GB": "memory_gb"}  # fmt: skip
         parts = []
         for label, name in shown.items():
             if name in entry:

@@ -48,7 +48,7 @@ class Sweep:
     engine: str = ""  # a file of launchers/accelerate, without .yaml; none: gpu or cpu
     part: str = "0/1"  # K/N: every N-th run of the list from the K-th, as shard's; parts may share OUT
     jobs: int = 1  # runs at a time on this machine, which share out its GPUs
-    compare: bool = True  # once all are done: OUT/comparison, as compare's, and OUT/report.html
+    compare: bool = True  # once all are done: OUT/comparison, as compare's, of all but face GANs, and OUT/report.html
     test: str = ""  # shards whose test side they are compared on; default those of --data, where they have one
     niqe: Path | None = None  # as compare's
     lpips_weights: Path | None = None  # as compare's
@@ -82,13 +82,16 @@ def main(argv: list[str] | None = None) -> None:
     _end(runs, stop, owner)
     if not all(run.is_done() for run in everything):
         return  # other parts are at work; the last of them compares
+    compared = [run for run in everything if not run.config.is_face_gan]  # which has no LR to be scored by
     if not comparison:
-        print(f"next: sega-dist compare {shlex.quote(str(sweep.out))}/*/ --data TEST_SHARDS")
+        if compared:
+            print(f"next: sega-dist compare {shlex.quote(str(sweep.out))}/*/ --data TEST_SHARDS")
         return
-    compare.main([*(f"{name}={run.folder}" for name, run in zip(names(everything), everything, strict=True)),
-                  *comparison])  # fmt: skip
-    report.main([*(str(run.folder) for run in everything), "--comparison", str(sweep.out / COMPARISON),
-                 "--out", str(sweep.out / "report.html")])  # fmt: skip
+    if compared:
+        compare.main([*(f"{name}={run.folder}" for name, run in zip(names(compared), compared, strict=True)),
+                      *comparison])  # fmt: skip
+    of_comparison = ["--comparison", str(sweep.out / COMPARISON)] if compared else []
+    report.main([*(str(run.folder) for run in everything), *of_comparison, "--out", str(sweep.out / "report.html")])
 
 
 def listed(sweep: Sweep, theirs: list[str]) -> tuple[list[Run], list[str]]:

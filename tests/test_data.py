@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import itertools
 import math
 import shutil
 import tarfile
@@ -75,6 +76,73 @@ def test_noise_is_uniform():
     values = positions.uniform(0, positions.D_REAL, 0, 500, 496)
     assert values.mean() == pytest.approx(0.5, abs=0.003)
     assert values.var() == pytest.approx(1 / 12, abs=0.002)
+
+
+GOLDEN, MASK = 0x9E3779B97F4A7C15, 2**64 - 1
+
+
+def splitmix64(state: int, count: int) -> list[int]:
+    """Steele, Lea and Flood 2014, as it stands in Vigna's splitmix64.c."""
+    found = []
+    for _ in range(count):
+        state = z = (state + GOLDEN) & MASK
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & MASK
+        found.append(z ^ (z >> 31))
+    return found
+
+
+def test_latents_are_those_of_splitmix64_for_ever(monkeypatch: pytest.MonkeyPatch):
+    """Its integers exactly, started from those of the image's number; then Box and Muller's formula."""
+    assert splitmix64(1234567, 2) == [6457827717110365317, 3203168211198807973]
+    integers: list[torch.Tensor] = []
+    shifted = positions._shifted
+    monkeypatch.setattr(positions, "_shifted", lambda x, bits: integers.append(shifted(x, bits)) or integers[-1])
+    for seed, stream, first in ((0, positions.LATENT, 0), (2**63 - 1, positions.SHOWN, 10**12), (7, 0, 5)):
+        found = positions.normal(seed, stream, first, 3, 5, "cpu")
+        key = int(positions.raw(seed, stream, 0, 0, 1)[0])
+        for i in range(3):
+            (start,) = splitmix64((key + (first + i - 1) * GOLDEN) & MASK, 1)
+            bits = [z >> 11 for z in splitmix64(start, 6)]
+            assert integers[-1][i].tolist() == bits
+            u = [b / 2**53 for b in bits]
+            radii, angles = [math.sqrt(-2 * math.log(1 - x)) for x in u[:3]], [2 * math.pi * x for x in u[3:]]
+            pairs = list(zip(radii, angles, strict=True))
+            expected = [r * math.cos(a) for r, a in pairs] + [r * math.sin(a) for r, a in pairs]
+            assert found[i].tolist() == pytest.approx(expected[:5], rel=1e-12, abs=1e-14)
+    assert found.dtype == torch.float64
+
+
+@given(first=st.integers(0, 10**12), cuts=st.lists(st.integers(0, 9), max_size=3), width=st.integers(0, 9))
+@settings(max_examples=50, deadline=None)
+def test_latents_of_an_image_do_not_depend_on_its_batch(first: int, cuts: list[int], width: int):
+    together = positions.normal(5, positions.LATENT, first, 9, width, "cpu")
+    ends = [0, *sorted(cuts), 9]
+    parts = [positions.normal(5, positions.LATENT, first + start, end - start, width, "cpu")
+             for start, end in itertools.pairwise(ends)]  # fmt: skip
+    assert together.shape == (9, width) and torch.equal(torch.cat(parts), together)
+
+
+def test_latents_differ_by_seed_stream_and_position():
+    streams = (positions.LATENT, positions.SHOWN)
+    found = [positions.normal(seed, stream, first, 1, 64, "cpu")[0]
+             for seed in (0, 1) for stream in streams for first in (0, 1, 2**32)]  # fmt: skip
+    assert len(torch.cat(found).unique()) == 12 * 64
+
+
+def test_latents_are_standard_normal_and_independent():
+    """Four moments, the distribution, and the correlation of numbers and of their squares, each to 5 of its errors."""
+    x = positions.normal(0, positions.LATENT, 0, 20_000, 33, "cpu")
+    n = x.numel()
+    for power, (moment, variance) in enumerate([(0, 1), (1, 2), (0, 15), (3, 96)], 1):
+        assert x.pow(power).mean().item() == pytest.approx(moment, abs=5 * math.sqrt(variance / n)), power
+    exact = torch.special.ndtr(x.flatten().sort().values)
+    steps = torch.arange(1, n + 1, dtype=torch.float64) / n
+    assert float((exact - steps).abs().max()) * math.sqrt(n) < 1.95  # Kolmogorov: above in one of 1,000
+    for y in (x, x.square()):
+        for pair in (y.T, torch.cat([y[:-1].T[:16], y[1:].T[:16]])):  # of an image, and of an image and the next
+            apart = torch.corrcoef(pair) - torch.eye(len(pair), dtype=torch.float64)
+            assert float(apart.abs().max()) < 5 / math.sqrt(len(y))
 
 
 def read(reader: ShardReader, first: int, steps: int, batch: int, ranks: int, workers: int) -> torch.Tensor:

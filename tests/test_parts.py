@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import photographs, portraits
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import nn
 
@@ -52,6 +53,18 @@ def test_grid_and_curves_are_pictures(tmp_path: Path):
     assert np.asarray(sheet)[40, 150].tolist() == hr[0, :, 40 - 26, 150 - 6 - 96 - 6].tolist()
     curves([{"nimg": 8, "loss_g": 1.0}, {"nimg": 16, "loss_g": 0.5, "preview_psnr": 20.0}], tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size[0] > 500
+
+
+def test_curves_show_r1_in_the_place_of_psnr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn: list[dict[str, dict[str, list]]] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(
+        {axis.get_title(): {line.get_label(): list(line.get_xydata().tolist()) for line in axis.lines}
+         for axis in self.axes}))  # fmt: skip
+    curves([{"nimg": 8, "loss_d": 1.0, "r1": 0.5}, {"nimg": 16, "loss_d": 2.0}], tmp_path / "curves.png")
+    curves([{"nimg": 8, "loss_d": 1.0}], tmp_path / "curves.png")
+    assert drawn[0]["R1"] == {"r1": [[0.008, 0.5]]}
+    assert drawn[0]["discriminator"] == {"loss_d": [[0.008, 1.0], [0.016, 2.0]]}
+    assert "preview PSNR, dB" not in drawn[0] and list(drawn[1])[-1] == "preview PSNR, dB"
 
 
 def test_sums_are_means_since_the_last_take():

@@ -500,6 +500,51 @@ def test_curves_can_be_read(browser: Browser, pages: dict[str, Path]):
     assert browser.run("document.querySelectorAll('svg path[stroke-dasharray=\"5 4\"]').length") == 3
 
 
+def make_face_gan(folder: Path) -> Path:
+    """A run of a face GAN, by hand: two sheets of 4 x 8 faces, and one that is damaged."""
+    make_run(folder, sheets=())
+    values = config.merge(config.to_dict(presets.preset("facegan_64")), {"train": {"images": 1500}})
+    (folder / "config.json").write_text(json.dumps(values))
+    lines = [line(i) | ({"r1": 0.5 / i} if i % 4 == 1 else {}) for i in range(1, 51)]
+    gone = ("preview_psnr", "preview_psnr_bicubic", "loss_pixel", "d_accuracy_exchanged")
+    rows = [json.dumps({key: value for key, value in one.items() if key not in gone}) for one in lines]
+    (folder / "stats.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "eval/metrics.json").unlink()
+    for nimg, colour in ((300, 40), (1500, 200)):
+        panel = Panel(torch.full((3, 64, 64), colour, dtype=torch.uint8))
+        grid([f"{nimg / 1000:g} kimg", *[""] * 7], [[panel] * 8] * 4).save(folder / f"pictures/faces-{nimg:012d}.png")
+    (folder / "pictures/faces-000000000900.png").write_bytes(b"no picture")
+    return folder
+
+
+def test_a_face_gan_shows_its_faces_and_r1(tmp_path: Path):
+    (run,) = about(make_face_gan(tmp_path / "run"))
+    assert run["series"]["r1"] == [[i * STEP / 1000, pytest.approx(0.5 / i, rel=1e-5)] for i in range(1, 51, 4)]
+    assert run["times"] == [0.3, 1.5] and run["faces"] == [] and run["metrics"] is None
+    assert len(run["notes"]) == 1 and run["notes"][0].startswith("pictures/faces-000000000900.png is left out: ")
+    for address, colour in zip(run["samples"], (40, 200), strict=True):
+        assert pixels(address).shape == (577, 1051, 3)  # half of 4 x 8 panels
+        assert np.abs(pixels(address)[20:100, 10:100].astype(int) - colour).max() <= 2
+
+
+def test_faces_of_a_face_gan_change_with_time(browser: Browser, tmp_path: Path):
+    report.main([str(make_face_gan(tmp_path / "run"))])
+    browser.events.clear()
+    browser.open(tmp_path / "run/report.html", 390)
+    assert browser.of("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded") == []
+    assert browser.run("[...document.images].map(image => [image.naturalWidth, image.alt])") == [
+        [1051, "faces after 1.5 kimg"]
+    ]
+    late = browser.run("document.images[0].src")
+    browser.run("document.querySelector('input').value = 0; document.querySelector('input').oninput()")
+    assert browser.run("document.images[0].alt") == "faces after 0.3 kimg"
+    assert browser.run("document.images[0].src") != late
+    said = browser.run("document.body.innerText")
+    assert "none: a face GAN has no LR" in said and "sega-dist evaluate" not in said and "R1, squared" in said
+    overflow = "Math.max(document.documentElement.scrollWidth, document.body.scrollWidth) - innerWidth"
+    assert browser.run(overflow) <= 0
+
+
 @pytest.mark.slow
 def test_a_real_run_in_a_real_browser(manifest: Manifest, tmp_path: Path, browser: Browser):
     words = ["--data", manifest.folder, "--out", tmp_path / "run"]
@@ -513,7 +558,7 @@ def test_a_real_run_in_a_real_browser(manifest: Manifest, tmp_path: Path, browse
     assert run["facts"]["restarts"][0] == "1" and run["facts"]["state"][0] == "done"
     assert run["times"] == [0.048, 0.096] and len(run["faces"]) == 6 and run["notes"] == []
     assert [row[0] for row in run["metrics"]["rows"]] == ["bicubic", "model"]
-    keys = {key for lines in report.CHARTS.values() for key in lines} - {"loss_content", "adv_gradient_ratio"}
+    keys = {key for lines in report.CHARTS.values() for key in lines} - {"loss_content", "adv_gradient_ratio", "r1"}
     assert {key for key, points in run["series"].items() if points} >= keys
     browser.events.clear()
     browser.open(page, 390)

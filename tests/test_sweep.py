@@ -483,6 +483,25 @@ def test_what_is_done_is_compared_and_shown(act: dict, words: list[str], conclud
     assert not concluded
 
 
+def test_face_gans_are_shown_and_not_compared(act: dict, words: list[str], concluded: list[list[str]], tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch,
+                                              capsys: pytest.CaptureFixture):  # fmt: skip
+    monkeypatch.setitem(PRESETS, "face", PRESETS["facegan_64"])
+    out, rest = tmp_path / "out", words[1 + len(TWO) :]
+    sweep.main([str(out), "--presets", "face", "tiny_x4", *rest])
+    data = words[words.index("--data") + 1]
+    both = [str(out / name) for name in ("face-s0", "tiny_x4-s0")]
+    assert concluded == [
+        ["compare", f"tiny_x4={both[1]}", "--data", data, "--out", str(out / "comparison"), "--device", "cpu"],
+        ["report", *both, "--comparison", str(out / "comparison"), "--out", str(out / "report.html")],
+    ]
+    concluded.clear()
+    sweep.main([str(out), "--presets", "face", *rest])
+    assert concluded == [["report", both[0], "--out", str(out / "report.html")]]
+    sweep.main([str(out), "--presets", "face", *rest, "--no-compare"])
+    assert "sega-dist compare" not in capsys.readouterr().out
+
+
 def test_only_when_all_are_done(act: dict, words: list[str], concluded: list[list[str]]):
     act[NAMES[3]] = "fail"
     refused(words, 1)
