@@ -157,9 +157,14 @@ def compare_native(command: CompareCommand, entries: list[Entry], world: World) 
     found: dict[int, Scores] = {}
     compared: dict[int, list[Compared]] = {}
     for scale in scales:
-        faces = open_faces(
-            command.faces, "", scale, side, TinyFaceConfig(command.tinyface.subset, "squash"), command.images
+        whole, faces = (
+            open_faces(command.faces, "", scale, side, command.tinyface, images) for images in (0, command.images)
         )
+        strange = next((e for e in entries if e.is_searched and e.scale == scale
+                        and e.faces not in (whole.digest, faces.digest)), None)  # fmt: skip
+        if strange:
+            raise UserError(f"{strange.path} was searched for other faces than those of {command.faces}: give the same"
+                            " --images and --tinyface keys as explore had")  # fmt: skip
         methods, columns = _methods(command, entries, scale)
         found[scale] = score_native(world, faces.names, faces.lr, scale, methods, judge.niqe, command.batch)
         compared[scale] = summarise(found[scale], columns, world.size)

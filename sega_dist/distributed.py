@@ -70,6 +70,7 @@ class World:
         self.in_hurry = False  # whoever started this process wants it to end
         # The launcher keeps this store, or rank 0: it outlives a failed collective, which no group does.
         self._store = dist.PrefixStore("alive", _get_default_store()) if self.size > 1 else None
+        self._beat, self._long_works = 0.0, 0
 
     def _join(self, asked: int, use_cpu: bool) -> tuple[Accelerator, dist.ProcessGroup | None]:
         """The accelerator, and a group over the hosts for flags and signals, so that asking never waits for the device.
@@ -225,18 +226,47 @@ class World:
             raise UserError(f"{'; '.join(complaints)}{own}: start every process with the same")
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """Around work without collectives: what fails on one rank ends all of them, with that rank's exit code."""
+    def together(self, is_long: bool = False) -> Iterator[None]:
+        """Around work without collectives: what fails on one rank ends all of them, with that rank's exit code.
+
+        Long work may take one rank any time more than another, as long as `beat` is called in it.
+        """
         error: UserError | OSError | None = None
         try:
             yield
         except (UserError, OSError) as caught:
             error = caught
+        if is_long:
+            self._await_others()
         code = self.most(exit_code(error) if error else 0)
         if error:
             raise error
         if code:
             raise UserError("another rank cannot go on; its own line says why", code)
+
+    def beat(self) -> None:
+        """Say now and then that this rank is at its long work: others wait for it."""
+        if self._store is not None and time.monotonic() - self._beat > self.timeout.total_seconds() / 10:
+            self._beat = time.monotonic()
+            self._store.set(f"work {self._long_works} {self.rank}", f"{self._beat}")
+
+    def _await_others(self) -> None:
+        """Until each rank has done its long work, or was silent for the timeout: the next collective names it."""
+        store, work = self._store, self._long_works
+        if store is None:
+            return
+        self._long_works += 1
+        store.set(f"work {work} {self.rank}", "done")
+        heard = dict.fromkeys(range(self.size), ("", time.monotonic()))  # what each said last, and when that was new
+        while heard:
+            for rank, (said, since) in list(heard.items()):
+                key, now = f"work {work} {rank}", time.monotonic()
+                says = store.get(key).decode() if store.check([key]) else ""
+                if says == "done" or (says == said and now - since > self.timeout.total_seconds()):
+                    del heard[rank]
+                elif says != said:
+                    heard[rank] = says, now
+            time.sleep(0.1 if heard else 0)
 
     def most(self, number: int) -> int:
         """The largest of every rank's `number`."""

@@ -10,6 +10,7 @@ import dataclasses
 import io
 import json
 import math
+import pickle
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from sega_dist import config as configuration
 from sega_dist.arguments import Device, InPath, OutPath, check_folder, parse
-from sega_dist.data.crops import decode
+from sega_dist.data.crops import UnusableImage, decode
 from sega_dist.data.pairs import to_uint8
 from sega_dist.data.shards import write_whole
 from sega_dist.distributed import WAIT, World
@@ -91,12 +92,14 @@ def main(argv: list[str] | None = None) -> None:
 def explore(command: ExploreCommand, world: World) -> dict[str, Any]:
     """Search for every face, and write the results on the first rank; returns what stands in results.json there."""
     _check(command)
+    torch.backends.cudnn.deterministic = True  # else the order in which a GPU adds up gradients is any
     with world.together():
         gan = load_gan(command.gan, world)
         _check_gan(command, gan)
+        exploration = Exploration(command, world, gan)
         faces = open_faces(command.source, command.split, command.scale, gan.generator.side, command.tinyface,
                            command.images)  # fmt: skip
-    header = describe(command, world, gan, faces)
+    header = describe(exploration, faces)
     world.agree(header)
     with world.together():
         if world.is_main:
@@ -105,8 +108,8 @@ def explore(command: ExploreCommand, world: World) -> dict[str, Any]:
                 print(line)
     batches = [range(first, min(first + command.batch, len(faces))) for first in range(0, len(faces), command.batch)]
     mine = list(enumerate(batches))[world.rank :: world.size]
-    with world.together():
-        _search_all(Exploration(command, world, gan), faces, mine)
+    with world.together(is_long=True):
+        _search_all(exploration, faces, mine)
     results = {}
     with world.together():
         if world.is_main:
@@ -119,10 +122,10 @@ class Exploration:
 
     def __init__(self, command: ExploreCommand, world: World, gan: Gan):
         self.command, self.world, self.gan = command, world, gan
-        self.perceptual = None
+        self.perceptual, self.vgg19 = None, ""  # and the SHA-256 of its weights
         if command.method == "mganprior" and command.vgg19:
             features = world.place(Vgg19(CONV3_3))
-            load_vgg19(features, command.vgg19)
+            self.vgg19 = load_vgg19(features, command.vgg19)
             self.perceptual = perceptual_of(features)
         if command.compile:
             torch._dynamo.config.cache_size_limit = 64
@@ -153,9 +156,9 @@ class Batch:
 
     def run(self) -> Found:
         """The best of all restarts, going on where a stop left off."""
-        state = torch.load(self.file, weights_only=True) if self.file.is_file() else {}
+        state = read_whole_state(self.file)
         if state:
-            self.best = Found(**state["best"]) if state["best"] else None
+            self.best = Found.on(self.exploration.world.device, state["best"]) if state["best"] else None
             self.frames, self.spent = state["frames"], state["spent"]
             self.advance(len(self.names) * state["done"], "")
         for restart in range(state.get("restart", 0), self.exploration.command.restarts):
@@ -177,6 +180,7 @@ class Batch:
                 self.frames.append(to_uint8(2 * images - 1).cpu())
             is_told = step % 10 == 9 or step == steps - 1  # asking a GPU for a value makes it wait
             self.advance(len(self.names), f"loss {losses.mean():.3g}" if is_told else "")
+            self.exploration.world.beat()
             if time.monotonic() - self.saved > SAVED_EACH:
                 self.spent += time.perf_counter() - began
                 self._save(search, restart, restart * steps + step + 1)
@@ -196,6 +200,18 @@ class Batch:
         self.saved = time.monotonic()
 
 
+def read_whole_state(file: Path) -> dict[str, Any]:
+    """What a stop left of a batch; nothing where that is damaged, for the batch can begin anew."""
+    try:
+        state: dict[str, Any] = torch.load(file, "cpu", weights_only=True)  # another rank's GPU may have made it
+        return state
+    except FileNotFoundError:
+        return {}
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError):
+        print(f"{file} is damaged: its faces are searched for from the first step")
+        return {}
+
+
 def settings(command: ExploreCommand) -> RlseConfig:
     """PULSE is RLSE without the discriminator's loss."""
     return dataclasses.replace(command.rlse, lambda_s=0.0) if command.method == "pulse" else command.rlse
@@ -208,15 +224,17 @@ def compiled(network: torch.nn.Module) -> None:
             setattr(network, name, torch.compile(getattr(network, name), dynamic=False))
 
 
-def describe(command: ExploreCommand, world: World, gan: Gan, faces: Faces) -> dict[str, Any]:
+def describe(exploration: Exploration, faces: Faces) -> dict[str, Any]:
     """What decides the results: who goes on must have the same."""
+    command, world, gan = exploration.command, exploration.world, exploration.gan
     keys: dict[str, Any] = {"rlse": settings(command)} if command.method != "mganprior" else {"mgan": command.mgan}
     return {
         "method": command.method, "scale": command.scale, "side": gan.generator.side, "gan": gan.sha256,
         "gan_file": gan.file.name, "nimg": gan.nimg, "data": gan.data, "parameters": gan.parameters,
         "faces": faces.digest, "images": len(faces), "seed": command.seed, "restarts": command.restarts,
         "batch": command.batch, "precision": command.precision, "save_steps": command.save_steps,
-        "vgg19": bool(command.vgg19), "device": world.device.type, "tinyface": dataclasses.asdict(command.tinyface),
+        "compile": command.compile, "vgg19": exploration.vgg19, "device": world.device.type,
+        "tinyface": dataclasses.asdict(command.tinyface),
     } | {name: dataclasses.asdict(values) for name, values in keys.items()}  # fmt: skip
 
 
@@ -249,8 +267,9 @@ class Searched:
     @property
     def settings(self) -> dict[str, Any]:
         """All that makes two searches another method."""
-        free = {"method", "seed", "batch", "faces", "images", "gan_file", "device", "save_steps", "seconds_a_face"}
-        kept = {name: value for name, value in self.header.items() if name not in free | {"versions", "mean"}}
+        free = {"method", "seed", "batch", "faces", "images", "gan_file", "device", "compile", "save_steps"}
+        results = {"seconds_a_face", "versions", "mean"}
+        kept = {name: value for name, value in self.header.items() if name not in free | results}
         return configuration.flat(kept)
 
     def super_resolve(self, lr: Tensor, scale: int, names: list[str]) -> Tensor:
@@ -263,7 +282,10 @@ class Searched:
                 raise UserError(
                     f"{file} is missing: search for all faces that are compared, or compare fewer: --images"
                 )
-            face = to_tensor(decode(file.read_bytes()))
+            try:
+                face = to_tensor(decode(file.read_bytes()))
+            except UnusableImage as error:
+                raise UserError(f"{file}: {error}; remove it, and give explore the same command again") from None
             if face.shape != (3, side, side):
                 raise UserError(f"{file} is not of {side}x{side} pixels")
             faces.append(face)
@@ -283,8 +305,10 @@ def read_search(folder: Path) -> Searched:
     try:
         found = Searched(folder, json.loads(file.read_text()))
         numbers = [found.header[name] for name in ("scale", "side", "seed", "nimg", "parameters", "seconds_a_face")]
-        if not all(isinstance(number, (int, float)) for number in numbers) or not found.name:
-            raise TypeError("a number is none")
+        texts = [found.header[name] for name in ("faces", "data")]
+        is_typed = all(isinstance(x, (int, float)) for x in numbers) and all(isinstance(x, str) for x in texts)
+        if not is_typed or not found.name:
+            raise TypeError("a value is of another type")
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is damaged ({error}); remove it, and give explore the same command again") from None
     return found
@@ -295,7 +319,9 @@ def _check(command: ExploreCommand) -> None:
     for name, least in (("batch", 1), ("restarts", 1), ("images", 0), ("save_steps", 0), ("seed", 0)):
         if getattr(command, name) < least:
             raise UserError(f"--{name.replace('_', '-')} must be {least} or more")
-    check_rlse(command.rlse)
+    if command.source.resolve() in command.out.resolve().parents:
+        raise UserError(f"{command.out} lies in {command.source}, whose images it would join; name another folder")
+    check_rlse(settings(command))
     check_mgan(command.mgan)
 
 
@@ -324,7 +350,7 @@ def _begin(out: Path, header: dict[str, Any]) -> None:
         if apart:
             values = f"{apart}: {before.get(apart)} -> {now.get(apart)}"
             raise UserError(f"{out} holds the results of another search ({values}); name another folder")
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(not path.name.startswith(".") for path in out.iterdir()):  # of a stop just here
         raise UserError(f"{out} is not empty and holds no search; name another folder")
     (out / PARTS).mkdir(parents=True, exist_ok=True)
     write_whole(file, (json.dumps(header, indent=1) + "\n").encode())
@@ -334,7 +360,7 @@ def _search_all(exploration: Exploration, faces: Faces, batches: list[tuple[int,
     """This rank's batches: those that are not done."""
     command, world = exploration.command, exploration.world
     parts = command.out / PARTS
-    missing = [(number, part) for number, part in batches if not (parts / f"{number:06d}.json").is_file()]
+    missing = [(number, part) for number, part in batches if not _is_done(command, number, faces, part)]
     steps = command.mgan.steps if command.method == "mganprior" else command.rlse.steps
     total = sum(len(part) for _, part in missing) * steps * command.restarts
     share = f", share {world.rank + 1} of {world.size}" if world.size > 1 else ""
@@ -350,6 +376,17 @@ def _search_all(exploration: Exploration, faces: Faces, batches: list[tuple[int,
             values = {"seconds": batch.spent, "rows": rows}
             write_whole(parts / f"{number:06d}.json", json.dumps(values).encode())
             state.unlink(missing_ok=True)
+
+
+def _is_done(command: ExploreCommand, number: int, faces: Faces, part: range) -> bool:
+    """Whether all of a batch stands on the disk, and its numbers can be read."""
+    folders = [command.out / IMAGES, *([command.out / STRIPS] if command.save_steps else [])]
+    try:
+        values = json.loads((command.out / PARTS / f"{number:06d}.json").read_text())
+        is_whole = [row["name"] for row in values["rows"]] == [faces.names[i] for i in part]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        return False
+    return is_whole and all((folder / png(faces.names[i])).is_file() for folder in folders for i in part)
 
 
 def _keep(out: Path, faces: Faces, lr: Tensor, names: list[str], batch: Batch, found: Found) -> None:

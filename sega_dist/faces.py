@@ -22,7 +22,7 @@ from sega_dist.pictures import to_tensor
 from sega_dist.scoring import read_whole
 
 SAID = 5  # skipped images that are named one by one
-GREY, SEEN_THROUGH = ("1", "L", "I", "I;16", "I;16B", "F"), ("LA", "La", "PA", "RGBA", "RGBa")  # modes of Pillow
+GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "F")  # modes of Pillow
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ def _of_shards(source: Path, split: str, scale: int, side: int, images: int) -> 
         )
     names = [reader.name(number) for number in range(len(reader))]
     names = names[: images or None]
+    _check_names(source, names)
     return Faces(names, f"{reader.manifest.digest} {split} {len(names)}", reader=reader, scale=scale)
 
 
@@ -93,12 +94,20 @@ def _of_folder(source: Path, side: int, tinyface: TinyFaceConfig, images: int, w
         small.append(image)
     if not names:
         raise UserError(problems[0])
-    stems = Counter(str(Path(name).with_suffix("")) for name in names)
-    if (stem := stems.most_common(1)[0])[1] > 1:
-        raise UserError(f"{source} holds two images called {stem[0]}: their results would have one name")
+    _check_names(source, names)
     pixels = torch.stack(small)
     digest = hashlib.sha256(pixels.numpy().tobytes() + "\n".join(names).encode(errors="surrogateescape")).hexdigest()
     return Faces(names, digest, pixels, remarks=tuple(_remarks(problems, grey)))
+
+
+def _check_names(source: Path, names: list[str]) -> None:
+    """UserError where results under these names would stand in one place, or outside their folder."""
+    for name in names:
+        if not Path(name).name or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{source} holds an image called {name!r}: its result would stand in another folder")
+    stems = Counter(str(Path(name).with_suffix("")) for name in names)
+    if (stem := stems.most_common(1)[0])[1] > 1:
+        raise UserError(f"{source} holds two images called {stem[0]}: their results would have one name")
 
 
 def _files(source: Path) -> list[Path]:
@@ -116,9 +125,10 @@ def _opened(file: Path, side: int, is_squashed: bool, what: str) -> tuple[Tensor
     """(3,side,side) uint8 and whether it is grey; UnusableImage for another size or shape, and for transparency."""
     data = file.read_bytes()
     image = decode(data, min_side=1)
-    with Image.open(io.BytesIO(data)) as header:
-        mode, is_clear = header.mode, "transparency" in header.info
-    if mode in SEEN_THROUGH or is_clear:
+    with Image.open(io.BytesIO(data)) as whole:
+        mode = whole.mode
+        is_clear = whole.has_transparency_data and whole.convert("RGBA").getchannel("A").getextrema() != (255, 255)
+    if is_clear:
         raise UnusableImage("it has transparent pixels; lay it on a background first")
     if image.size != (side, side):
         if not is_squashed:

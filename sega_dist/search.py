@@ -91,6 +91,12 @@ class Found:
     non_finite: Tensor  # (N,) steps whose loss or gradient was not finite: the search went back to the best
     trace: Tensor  # (steps,N) losses, inf where not finite
 
+    @classmethod
+    def on(cls, device: torch.device, values: dict[str, Any]) -> "Found":
+        """From its `vars`, wherever these lie."""
+        points = [point.to(device) for point in values["latents"]]
+        return cls(**{name: x.to(device) for name, x in values.items() if name != "latents"}, latents=points)
+
     def or_better(self, other: "Found") -> "Found":
         """Of each image the one of less loss, this one where equal; both traces, the other's last."""
         is_better = other.loss < self.loss
@@ -235,7 +241,7 @@ class Search:
         for variable, value in zip(self.variables, state["variables"], strict=True):
             variable.copy_(value)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.found = state["step"], Found(**state["found"])
+        self.step, self.found = state["step"], Found.on(self.evaluate.lr.device, state["found"])
 
     def _descend(self) -> Tensor:
         """One step: look, remember, move. The losses (N,) of where it looked, inf where not finite."""
