@@ -64,7 +64,7 @@ def test_a_plain_loop_computes_the_same(name: str):
     for step in range(3):
         batch = batch_of(config, step)
         statistics = ours.step(batch, step * 2, is_tick=False)
-        loss_d, loss_g = theirs.step(*batch)
+        loss_d, loss_g = theirs.step(batch.lr, batch.hr, batch.noise)
         torch.testing.assert_close(statistics["loss_d"], loss_d, rtol=1e-9, atol=0)
         torch.testing.assert_close(statistics["loss_g"], loss_g, rtol=1e-9, atol=0)
     mine = torch.cat([w.flatten() for w in weights(ours)])

@@ -416,7 +416,7 @@ class Plain(Subject):
             optimizer.param_groups[0]["lr"] = config.train.learning_rate
 
     def step(self) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = self.loop.step(*self.batch)
+        found: tuple[Tensor, Tensor] = self.loop.step(*self.batch[:3])
         return found
 
     def generate(self) -> Tensor:
@@ -429,7 +429,7 @@ class Plain(Subject):
 
     def d_loss(self, targets: Any, sr: Tensor) -> Tensor:
         with self.loop.autocast:
-            return self.loop.loss_d(sr, targets[0], *self.batch[1:])
+            return self.loop.loss_d(sr, targets[0], *self.batch[1:3])
 
     def content(self, targets: Any, sr: Tensor) -> Tensor:
         with self.loop.autocast:
@@ -437,7 +437,7 @@ class Plain(Subject):
 
     def adversarial(self, targets: Any, sr: Tensor) -> Tensor:
         with self.loop.autocast:
-            return self.loop.loss_a(sr, targets[0], *self.batch[1:])
+            return self.loop.loss_a(sr, targets[0], *self.batch[1:3])
 
 
 def _adopt(networks: list[nn.Module], weights: list[list[Tensor]]) -> None:
