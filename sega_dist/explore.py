@@ -43,6 +43,7 @@ from sega_dist.weights import load_vgg19
 
 Method = Literal["rlse", "pulse", "mganprior"]
 HEADER, RESULTS, IMAGES, STRIPS, PARTS = "search.json", "results.json", "sr", "steps", ".batches"
+STATE = {"search", "restart", "done", "frames", "spent", "best"}  # of a batch that was stopped
 SAVED_EACH = 30  # seconds of a batch that a stop may cost
 SHOWN = 8  # faces of the grid
 COLUMNS = ("loss", "residual", "consistency_psnr", "is_reached", "step", "non_finite")  # of per_image.csv
@@ -204,6 +205,8 @@ def read_whole_state(file: Path) -> dict[str, Any]:
     """What a stop left of a batch; nothing where that is damaged, for the batch can begin anew."""
     try:
         state: dict[str, Any] = torch.load(file, "cpu", weights_only=True)  # another rank's GPU may have made it
+        if set(state) != STATE:
+            raise ValueError("it is of something else")
         return state
     except FileNotFoundError:
         return {}
