@@ -1,6 +1,8 @@
 """A real SLURM on the loopback runs launchers/slurm as they stand: fake GPUs, real preemption, lost nodes."""
 
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -107,7 +109,7 @@ def test_scripts_are_sound(file: Path):
 
 
 def test_a_printed_script_quotes_what_it_is_given(tmp_path: Path):
-    for job in ("train", "sweep", "shard", "evaluate"):
+    for job in ("train", "sweep", "shard", "evaluate", "compare", "explore"):
         text = script(Slurm(job, nodes=3, gpus=2, time="1-00:00:00", name="x4.b", parts=5), [ODD, "--data", ODD])
         head = text.partition("set -euo")[0]
         assert "#SBATCH --job-name=x4.b" in head and "hacked" not in head
@@ -118,6 +120,20 @@ def test_a_printed_script_quotes_what_it_is_given(tmp_path: Path):
         shown = subprocess.run(["bash", str(file)], capture_output=True, cwd=tmp_path, check=True).stdout.decode()
         assert shown.split("\0")[:-1] == [ODD, "--data", ODD]
     assert not (tmp_path / "hacked").exists()
+
+
+@pytest.mark.parametrize("job", ["evaluate", "compare", "explore"])
+def test_one_script_starts_three_programs(job: str, tmp_path: Path):
+    file, python = tmp_path / "job.sh", tmp_path / "python"
+    python.write_text('#!/bin/sh\nprintf "%s " "$@"\n')
+    python.chmod(0o755)
+    file.write_text(
+        re.sub("export PYTHON=.*", f"export PYTHON={python}", script(Slurm(job, processes=2), ["in", "out"]))
+    )
+    assert f"--job-name=sega-dist-{job}\n" in file.read_text()
+    environment = {**os.environ, "SLURM_JOB_ID": "7"}
+    shown = subprocess.run(["bash", str(file)], capture_output=True, check=True, env=environment).stdout.decode()
+    assert shown.endswith(f"-m sega_dist.{job} in out ")
 
 
 @pytest.mark.parametrize("changes", [{"name": "a b"}, {"name": "a\n#SBATCH"}, {"partition": "$(id)"}, {"time": "1;2"},
