@@ -101,7 +101,10 @@ def _table(title: str, rows: dict[str, dict[int, Compared]], printed: dict[str, 
         cells: list[Cell] = []
         for scale in scales:
             method = rows.get(name, {}).get(scale)
-            cells += [_mean(method, metric, metrics) for metric in shown]
+            if method is None and source == "poster" and name in rows:  # its other scales were
+                cells += [Cell(NOT_MEASURED)] * len(shown)
+            else:
+                cells += [_mean(method, metric, metrics) for metric in shown]
             cells.append(_printed(printed.get(name, {}).get(scale), 4 if printed is TABLE_3 else 2))
         body.append(Row(name, tuple(cells)))
     measured = {

@@ -1,28 +1,33 @@
 """Snapshots side by side: rows, seeds, names, intervals, the paper's figures, files, pictures, bad input."""
 
 import csv
+import itertools
 import json
 import math
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import portraits, program
+from gans import explored, save_gan, small_faces
 from PIL import Image
 from scipy import stats
+from test_lpips import alexnet, state_of
 
 from sega_dist import compare, evaluate, figures, paper
-from sega_dist.comparison import Compared, make_tables
+from sega_dist.comparison import Compared, make_tables, native_tables
 from sega_dist.config import Config, DataConfig, EncoderConfig, GeneratorConfig, LossConfig, TrainConfig
 from sega_dist.data.shards import Manifest, open_manifest
 from sega_dist.data.synthetic import write_folder
 from sega_dist.errors import UserError
 from sega_dist.intervals import interval
 from sega_dist.networks.build import build_generator
+from sega_dist.niqe import load_niqe, niqe
 from sega_dist.pictures import CAPTION, MARGIN, TITLE, to_image, to_tensor
 from sega_dist.scoring import CLASSICAL
 from sega_dist.shard import ShardCommand, shard
@@ -549,15 +554,20 @@ def test_leads_are_paired():
     assert won.text == "67%"
 
 
+def made_up_niqe(folder: Path) -> Path:
+    """Pristine parameters of no images."""
+    window = np.outer(*[np.exp(-np.square(np.arange(7) - 3) / (2 * (7 / 6) ** 2))] * 2)
+    np.savez(folder / "niqe.npz", mu_pris_param=np.ones((1, 36)), cov_pris_param=np.eye(36),
+             gaussian_window=window / window.sum())  # fmt: skip
+    return folder / "niqe.npz"
+
+
 @pytest.mark.slow
 def test_every_metric_on_large_faces(runs: Path, tmp_path: Path):
     """NIQE's pristine parameters are made up: only that the score arrives is shown here."""
     write_folder(tmp_path / "faces", images=30, seed=7, size=256)
     shard(ShardCommand(tmp_path / "faces", tmp_path / "shards", size=256, jobs=1))
-    model = tmp_path / "niqe.npz"
-    spread = np.eye(36)
-    window = np.outer(*[np.exp(-np.square(np.arange(7) - 3) / (2 * (7 / 6) ** 2))] * 2)
-    np.savez(model, mu_pris_param=np.ones((1, 36)), cov_pris_param=spread, gaussian_window=window / window.sum())
+    model = made_up_niqe(tmp_path)
     words = ["--data", str(tmp_path / "shards"), "--niqe", str(model)]
     evaluate.main([str(runs / "s0"), *words, "--out", str(tmp_path / "eval")])
     compare.main([str(runs / "s0"), *words, "--out", str(tmp_path / "out"), "--shown", "1"])
@@ -567,3 +577,323 @@ def test_every_metric_on_large_faces(runs: Path, tmp_path: Path):
         for metric in (*METRICS, "niqe"):
             assert row[metric]["mean"] == pytest.approx(alone[method][metric], rel=1e-12)
             assert math.isfinite(alone[method][metric])
+
+
+# --- GANs that were searched
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """30 faces of 32 pixels, 6 of them to test."""
+    folder = tmp_path_factory.mktemp("small")
+    write_folder(folder / "faces", images=30, seed=7, size=32)
+    shard(ShardCommand(folder / "faces", folder / "shards", size=32, crop="plain", jobs=1))
+    return open_manifest(folder / "shards")
+
+
+@pytest.fixture(scope="module")
+def gan(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_gan(tmp_path_factory.mktemp("gan") / "run")
+
+
+@pytest.fixture(scope="module")
+def searched(gan: Path, small: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders of explore: two seeds of RLSE x8, PULSE and mGANprior x8, RLSE and PULSE x16, without loss x8."""
+    folder = tmp_path_factory.mktemp("searched")
+    for out, *words in (
+        ("rlse", "--seed", 0), ("rlse1", "--seed", 1), ("pulse", "--method", "pulse"),
+        ("mgan", "--method", "mganprior"), ("rlse16", "--scale", 16), ("pulse16", "--scale", 16, "--method", "pulse"),
+        ("plain", "--rlse.lambda-s", 0),
+    ):  # fmt: skip
+        explored(small.folder, folder / out, "--gan", gan, *words)
+    return folder
+
+
+def all_of(searched: Path) -> list[Path]:
+    return [searched / name for name in ("rlse", "rlse1", "pulse", "mgan", "rlse16", "pulse16")]
+
+
+@pytest.fixture(scope="module")
+def lpips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    torch.save(state_of(alexnet()), file := tmp_path_factory.mktemp("lpips") / "alexnet.pth")
+    return file
+
+
+def test_the_posters_tables_are_as_printed():
+    """Written down again from the poster: bilinear, mGANprior, PULSE, RLSE, VDSR, ESRGAN, FSRNet."""
+    names = ("Bilinear", "mGANprior", "PULSE", "RLSE", "VDSR", "ESRGAN", "FSRNet")
+    of_scale = {
+        8: """25.84/.73/.57 21.29/.53/.32 22.54/.54/.28 23.52/.56/.25 23.18/.76/.28 23.74/.63/.30 25.08/.56/.23
+              15.01 13.28 9.81 8.94 15.12 16.84 16.53""",
+        16: """22.73/.56/.65 20.53/.50/.36 21.43/.48/.30 21.74/.49/.27 22.42/.59/.33 21.83/.46/.31 23.04/.62/.28
+               18.44 14.55 11.98 10.55 16.95 15.64 15.90""",
+    }
+    assert list(paper.POSTER_1) == list(names)
+    for scale, text in of_scale.items():
+        faces, niqes = (line.split() for line in text.splitlines())
+        for name, scores, value in zip(names, faces, niqes, strict=True):
+            assert paper.POSTER_1[name][scale] == (*map(float, scores.split("/")), float(value))
+    without_and_with = {16: "22.66/.54/.24 23.04/.55/.20", 32: "19.93/.42/.27 20.78/.44/.24",
+                        64: "18.93/.33/.30 19.15/.34/.29"}  # fmt: skip
+    for scale, text in without_and_with.items():
+        for name, scores in zip(("PULSE", "RLSE"), text.split(), strict=True):
+            assert paper.POSTER_2[name][scale] == tuple(map(float, scores.split("/")))
+
+
+@pytest.fixture(scope="module")
+def poster(searched: Path, small: Manifest, lpips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("poster") / "out"
+    compared(small, out, *all_of(searched), "--lpips-weights", lpips, "--shown", 2)
+    return out
+
+
+def test_the_posters_rows_stand_beside_ours(poster: Path, small: Manifest, searched: Path):
+    found = tables(poster)
+    first, second = (found[title] for title in (
+        "Table 1: 6 images", "Table 2, without and with the semantic loss: 6 images"))  # fmt: skip
+    head, _, *rows = first
+    assert [row[0] for row in rows] == [*paper.POSTER_1, "Bicubic", "Lanczos"]
+    assert head[1:6] == ["x8 PSNR dB", "x8 SSIM", "x8 LPIPS", "x8 NIQE", "x8 PSNR-Y dB"]
+    of = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    assert of["RLSE"]["x8 poster*"] == "23.52 / 0.56 / 0.25 / 8.94" and of["VDSR"]["x8 PSNR dB"] == ""
+    assert of["RLSE"]["x8 PSNR dB"].endswith("(2)")  # seeds
+    assert {of[name]["x8 NIQE"] for name in ("Bilinear", "mGANprior", "PULSE", "RLSE")} == {"not measured"}
+    assert float(of["PULSE"]["x8 LPIPS"].split()[0]) > 0 and of["mGANprior"]["x16 PSNR dB"] == "not measured"
+    head, _, *rows = second
+    assert [row[0] for row in rows] == ["PULSE", "RLSE"]
+    of = {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+    assert [heading for heading in head if "poster" in heading] == [f"x{s} poster*" for s in (8, 16, 32, 64)]
+    assert of["RLSE"]["x64 poster*"] == "19.15 / 0.34 / 0.29" and of["RLSE"]["x64 PSNR dB"] == "not measured"
+    assert float(of["RLSE"]["x16 PSNR dB"].split()[0]) > 0
+    assert "not to be compared with ours" in (poster / "comparison.md").read_text()
+
+
+def test_scores_of_a_search_are_those_of_its_files(poster: Path, small: Manifest, searched: Path):
+    source = small.folder.parent / "faces"
+    for scale, column, folder in ((8, "PULSE", "pulse"), (8, "RLSE s1", "rlse1"), (16, "RLSE", "rlse16")):
+        for row in images(poster, scale):
+            sr = np.asarray(Image.open((searched / folder / "sr" / row["name"]).with_suffix(".png"))).astype(float)
+            hr = np.asarray(Image.open(source / row["name"])).astype(float)
+            psnr = 10 * np.log10(255**2 / np.mean((sr - hr) ** 2))
+            assert float(row[f"{column}_psnr"]) == pytest.approx(psnr, abs=1e-5)  # computed in fp32
+
+
+def test_leads_are_of_rlse_over_pulse_in_what_was_measured(
+    poster: Path, searched: Path, small: Manifest, tmp_path: Path
+):
+    head, _, *rows = tables(poster)["x8: leads of RLSE"]
+    assert head == ["RLSE minus", "PSNR dB", "SSIM", "LPIPS", "images won"]
+    lead = next(row for row in rows if row[0] == "PULSE")
+    ours = np.mean([[float(row[f"RLSE s{seed}_psnr"]) for row in images(poster, 8)] for seed in (0, 1)], 0)
+    lpips = [float(row["RLSE_lpips"]) - float(row["PULSE_lpips"]) for row in images(poster, 16)]
+    pulse = np.array([float(row["PULSE_psnr"]) for row in images(poster, 8)])
+    assert lead[1].startswith(f"{(ours - pulse).mean():+.2f} [") and lead[-1] == f"{(ours > pulse).mean():.0%}"
+    of_16 = next(row for row in tables(poster)["x16: leads of RLSE"][2:] if row[0] == "PULSE")
+    assert of_16[3].startswith(f"{np.mean(lpips):+.4f} [")
+    compared(small, tmp_path / "out", searched / "rlse", searched / "pulse", "--shown", 0)
+    assert tables(tmp_path / "out")["x8: leads of RLSE"][0] == ["RLSE minus", "PSNR dB", "SSIM", "images won"]
+    compared(small, tmp_path / "out", searched / "rlse", searched / "pulse", "--shown", 0, "--against", "PULSE")
+    assert "x8: leads of PULSE" in tables(tmp_path / "out")
+
+
+def test_less_niqe_and_less_lpips_is_better():
+    one, two = (Compared(name, np.array(values)[:, None], np.zeros((1, 1)), 8, 1, 1.0)
+                for name, values in (("RLSE", [5.0, 6, 9]), ("PULSE", [6.0, 7, 8])))  # fmt: skip
+    for metric in ("niqe", "lpips"):
+        leads = native_tables({8: [two, one]}, "", "3 faces")[1] if metric == "niqe" else make_tables(
+            {8: [two, one]}, (metric,), "", "3 images")[1]  # fmt: skip
+        assert leads.title == "x8: leads of RLSE" and leads.rows[0].cells[-1].text == "67%"
+
+
+def test_rlse_without_its_semantic_loss_is_pulse(searched: Path, small: Manifest, tmp_path: Path):
+    found = compared(small, tmp_path / "out", searched / "plain", "--shown", 0)
+    assert found["rows"][-1]["method"] == "PULSE"
+    with pytest.raises(UserError, match="are both PULSE x8 of seed 0"):
+        compared(small, tmp_path / "out", searched / "plain", searched / "pulse")
+
+
+def test_searches_and_networks_are_rows_of_one_table(runs: Path, manifest: Manifest, tmp_path: Path):
+    large = save_gan(tmp_path / "gan", 64)
+    for method in ("rlse", "pulse"):
+        explored(manifest.folder, tmp_path / method, "--gan", large, "--method", method)
+    words = [f"FSRNet={runs / 'x8'}", tmp_path / "rlse", f"mine={tmp_path / 'pulse'}", "--baselines", "bicubic"]
+    found = compared(manifest, tmp_path / "out", *words, "--shown", 2)
+    assert [row["method"] for row in found["rows"]] == ["Bicubic", "Bilinear", "FSRNet", "RLSE", "mine"]
+    names = [row[0] for row in tables(tmp_path / "out")["Table 1: 6 images"][2:]]
+    assert names == [*paper.POSTER_1, "Bicubic", "mine"]
+    assert Image.open(tmp_path / "out/fig4-x8.png").size == sheet_size(7, 2)
+
+
+def test_only_those_faces_are_compared_that_were_searched_for(gan: Path, small: Manifest, tmp_path: Path):
+    explored(small.folder, tmp_path / "three", "--gan", gan, "--images", 3)
+    found = compared(small, tmp_path / "out", tmp_path / "three", "--images", 3, "--shown", 0)
+    assert found["images"] == 3 and len(images(tmp_path / "out", 8)) == 3
+    compared(small, tmp_path / "two", tmp_path / "three", "--images", 2, "--shown", 9)
+    assert [row["RLSE_psnr"] for row in images(tmp_path / "two", 8)] == [
+        row["RLSE_psnr"] for row in images(tmp_path / "out", 8)][:2]  # fmt: skip
+    with pytest.raises(UserError, match="is missing: search for all faces that are compared, or compare fewer"):
+        compared(small, tmp_path / "none", tmp_path / "three")
+    assert not (tmp_path / "none").exists()
+
+
+def test_searches_that_cannot_be_compared_are_one_line(searched: Path, gan: Path, small: Manifest, manifest: Manifest,
+                                                       tmp_path: Path, monkeypatch):  # fmt: skip
+    def changed(name: str, change: Callable[[Path], object]) -> Path:
+        change(shutil.copytree(searched / "rlse", tmp_path / name))
+        return tmp_path / name
+
+    def rewritten(**values: object) -> Callable[[Path], object]:
+        return lambda out: (out / "results.json").write_text(
+            json.dumps(json.loads((out / "results.json").read_text()) | values)
+        )
+
+    face = "sr/" + images_of(searched / "rlse")[0]
+    explored(small.folder, tmp_path / "short", "--gan", gan, "--rlse.steps", 2, "--seed", 5)
+    explored(small.folder, tmp_path / "other", "--gan", save_gan(tmp_path / "gan", seed=1, nimg=8), "--seed", 5)
+    cases: list[tuple[list[object], str]] = [
+        ([changed("begun", lambda out: (out / "results.json").unlink())], "a search that is not at its end"),
+        ([changed("torn", lambda out: (out / "results.json").write_text("{"))], "results.json is damaged"),
+        ([changed("list", lambda out: (out / "results.json").write_text("[]"))], "results.json is damaged"),
+        ([changed("odd", rewritten(seconds_a_face=None))], "results.json is damaged"),
+        ([changed("faceless", rewritten(faces=3))], "results.json is damaged"),
+        ([changed("gone", lambda out: (out / face).unlink())], "is missing: search for all faces"),
+        ([changed("cut", lambda out: (out / face).write_bytes(b"PNG"))], "not an image.* give explore the same"),
+        ([changed("small", lambda out: Image.new("RGB", (16, 16)).save(out / face))], "is not of 32x32 pixels"),
+        ([searched / "rlse", "--split", "train"], "searched for other faces than split train"),
+        ([searched / "rlse", "--data", manifest.folder], "searched for other faces"),
+        ([searched / "rlse", tmp_path / "short"], "RLSE x8 but differ in rlse.steps"),
+        ([searched / "rlse", tmp_path / "other"], "RLSE x8 but differ in gan"),
+        ([searched / "rlse", "--images", -1], "--images must be 0 or more"),
+        ([f"Bilinear={searched / 'rlse'}"], "stands for something else"),
+    ]
+    for words, said in cases:
+        data = [] if "--data" in words else ["--data", small.folder]
+        with pytest.raises(UserError, match=said) as caught:
+            compare.main([str(word) for word in [*words, *data, "--out", tmp_path / "out"]])
+        assert caught.value.code == 2 and "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists(), said
+
+
+def images_of(out: Path) -> list[str]:
+    """The faces that explore wrote."""
+    names = [row["name"] for row in csv.DictReader((out / "per_image.csv").open(newline=""))]
+    return [str(Path(name).with_suffix(".png")) for name in names]
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five small faces, searched for by RLSE and PULSE in a GAN of 256 pixels; none of it has HR."""
+    folder = tmp_path_factory.mktemp("native")
+    small_faces(folder / "faces", side=32)
+    large = save_gan(folder / "gan", 256, 2)
+    for out, *words in (("rlse",), ("pulse", "--method", "pulse")):
+        explored(folder / "faces", folder / out, "--gan", large, "--rlse.steps", 2, *words)
+    return folder
+
+
+def compared_native(folder: Path, out: Path, *words: object) -> dict:
+    compare.main([*map(str, words), "--faces", str(folder), "--out", str(out)])
+    return json.loads((out / "comparison.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_faces_without_hr_have_their_niqe(native: Path, tmp_path: Path):
+    model = made_up_niqe(tmp_path)
+    found = compared_native(native / "faces", tmp_path / "out", native / "rlse", native / "pulse", "--niqe", model)
+    assert [row["method"] for row in found["rows"]] == ["Bicubic", "Lanczos", "Bilinear", "RLSE", "PULSE"]
+    for name, folder in (("RLSE", "rlse"), ("PULSE", "pulse")):
+        faces = torch.stack([to_tensor(Image.open(native / folder / "sr" / file))
+                             for file in images_of(native / folder)])  # fmt: skip
+        row = next(row for row in found["rows"] if row["method"] == name)
+        assert row["niqe"]["mean"] == pytest.approx(float(niqe(faces, load_niqe(model)).mean()), rel=1e-9)
+    head, _, *rows = tables(tmp_path / "out")["NIQE: 5 small faces without HR"]
+    assert head == ["method", "x8 NIQE", "x8 poster*"]
+    of = {row[0]: row[1:] for row in rows}
+    assert of["RLSE"][1] == "8.94" and of["VDSR"] == ["", "15.12"]
+    assert tables(tmp_path / "out")["x8: leads of RLSE"][0] == ["RLSE minus", "NIQE", "images won"]
+    fewer = compared_native(native / "faces", tmp_path / "two", native / "rlse", "--niqe", model, "--images", 2)
+    assert fewer["images"] == 2
+    assert [row["RLSE_niqe"] for row in images(tmp_path / "two", 8)] == [
+        row["RLSE_niqe"] for row in images(tmp_path / "out", 8)][:2]  # fmt: skip
+
+
+def test_faces_of_other_sizes_are_compared_as_they_were_searched(native: Path, tmp_path: Path):
+    folder, model = small_faces(tmp_path / "faces", 3, side=21), made_up_niqe(tmp_path)
+    words = ("--tinyface.resize", "squash", "--tinyface.subset", 2)
+    explored(folder, tmp_path / "rlse", "--gan", native / "gan", "--rlse.steps", 1, *words)
+    found = compared_native(folder, tmp_path / "out", tmp_path / "rlse", "--niqe", model, *words)
+    assert found["images"] == 2
+    with pytest.raises(UserError, match=r"other faces than those of .*: give the same --images and --tinyface keys"):
+        compared_native(folder, tmp_path / "out", tmp_path / "rlse", "--niqe", model, *words[:2])
+
+
+def test_faces_that_cannot_be_compared_are_one_line(native: Path, searched: Path, small: Manifest, gan: Path,
+                                                    tmp_path: Path):  # fmt: skip
+    model, tiny = made_up_niqe(tmp_path), small_faces(tmp_path / "tiny")
+    (empty := tmp_path / "empty").mkdir()
+    explored(tiny, tmp_path / "at32", "--gan", gan)
+    other = shutil.copytree(native / "faces", tmp_path / "other")
+    shutil.copy(other / "0.png", other / "2.png")
+    faces, given = native / "faces", ("--niqe", model)
+    cases: list[tuple[list[object], str]] = [
+        ([native / "rlse", "--faces", faces], "have no HR: --niqe is what"),
+        ([tmp_path / "at32", "--faces", tiny, *given], "images of 32 pixels have too few blocks; NIQE wants 192"),
+        ([native / "rlse", "--faces", other, *given], "rlse was searched for other faces than those of"),
+        (
+            [native / "rlse", f"tiny={tmp_path / 'at32'}", "--faces", faces, *given],
+            "at32 makes images of side 32, .* of 256",
+        ),
+        ([native / "rlse", "--faces", empty, *given], "holds no images"),
+        ([native / "rlse", "--faces", tmp_path / "none", *given], "does not exist"),
+        ([native / "rlse", "--faces", faces, "--data", small.folder, *given], "needs --data SHARDS, or --faces FOLDER"),
+        ([native / "rlse", *given], "needs --data SHARDS, or --faces FOLDER"),
+        ([native / "rlse", "--faces", tiny, *given], "4x4 pixels, which is of another size"),
+        (["--faces", faces, *given], "needs snapshots"),
+    ]
+    for words, said in cases:
+        with pytest.raises(UserError, match=said) as caught:
+            compare.main([str(word) for word in [*words, "--out", tmp_path / "out"]])
+        assert caught.value.code == 2 and "\n" not in str(caught.value)
+        assert not (tmp_path / "out").exists(), said
+
+
+@pytest.mark.slow
+def test_the_posters_tables_with_every_column(lpips: Path, tmp_path: Path):
+    """A GAN of 256 pixels at all four scales."""
+    write_folder(tmp_path / "source", images=30, seed=7, size=256)
+    shard(ShardCommand(tmp_path / "source", tmp_path / "shards", size=256, crop="plain", jobs=1))
+    large, small = save_gan(tmp_path / "gan", 256, 2), open_manifest(tmp_path / "shards")
+    for scale, method in itertools.product((8, 16, 32, 64), ("rlse", "pulse")):
+        out = tmp_path / f"{method}{scale}"
+        explored(
+            small.folder, out, "--gan", large, "--method", method, "--scale", scale, "--images", 2, "--rlse.steps", 2
+        )
+    entries = sorted(file.parent for file in tmp_path.glob("*/results.json"))
+    words = ("--images", 2, "--niqe", made_up_niqe(tmp_path), "--lpips-weights", lpips, "--shown", 1)
+    compared(small, tmp_path / "out", *entries, *words)
+    found = tables(tmp_path / "out")
+    head, _, *rows = found["Table 2, without and with the semantic loss: 2 images"]
+    assert len(entries) == 8 and len(head) == 1 + 4 * 7 and [row[0] for row in rows] == ["PULSE", "RLSE"]
+    for row in rows:
+        for heading, text in zip(head[1:], row[1:], strict=True):
+            assert text == "" if heading == "x8 poster*" else float(text.split()[0]) > -99
+    for scale in (8, 16, 32, 64):
+        head = ["RLSE minus", "PSNR dB", "SSIM", "LPIPS", "NIQE", "images won"]
+        assert found[f"x{scale}: leads of RLSE"][0] == head
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+def test_two_processes_compare_searches_to_the_same_bytes(
+    searched: Path, native: Path, small: Manifest, tmp_path: Path
+):
+    cases = {
+        "data": [*all_of(searched), "--data", small.folder, "--batch", 2],
+        "faces": [native / "rlse", native / "pulse", "--faces", native / "faces", "--niqe", made_up_niqe(tmp_path),
+                  "--batch", 2],
+    }  # fmt: skip
+    for name, words in cases.items():
+        compare.main([str(word) for word in [*words, "--device", "cpu", "--out", tmp_path / f"{name}1"]])
+        program("compare", *words, "--device", "cpu", "--out", tmp_path / f"{name}2", ranks=2)
+        one, two = ({f.name: f.read_bytes() for f in (tmp_path / f"{name}{n}").iterdir()} for n in (1, 2))
+        assert one == two and len(one) >= 5

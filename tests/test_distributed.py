@@ -1,6 +1,7 @@
 """Global batch norm against torch's over the whole batch, gradients through global means, players' state."""
 
 import copy
+import time
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from sega_dist.batchnorm import GlobalBatchNorm
 from sega_dist.config import TrainConfig
 from sega_dist.distributed import World
 from sega_dist.engines import Player
+from sega_dist.errors import LOST_RANK, UserError
 from sega_dist.losses import rals_d, rals_g
 
 N = 12
@@ -113,3 +115,37 @@ def test_global_batch_norm_shares_what_it_replaces():
     assert replaced.weight is norm.weight
     assert replaced.running_mean is norm.running_mean
     assert list(replaced.state_dict()) == list(copy.deepcopy(norm).state_dict())
+
+
+def long_work(rank: int, ranks: int, how: str) -> tuple[int, str, float]:
+    """The code and words that each rank ends with, and after how many seconds; rank 1 works thrice the timeout."""
+    world = World(device="cpu", timeout=3)
+    world.barrier()
+    began = time.monotonic()
+    try:
+        with world.naming_lost_ranks("start again"):
+            for work in range(2):
+                with world.together(is_long=True):
+                    for _ in range(18 if rank == 1 and work == 0 else 0):
+                        time.sleep(0.5)
+                        if how != "silent":
+                            world.beat()
+                    if rank == 1 and how == "failing":
+                        raise UserError("no faces", 65)
+        return 0, "", time.monotonic() - began
+    except UserError as error:
+        return error.code, str(error), time.monotonic() - began
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["well", "failing", "silent"])
+def test_ranks_wait_for_long_work_as_long_as_it_says_that_it_goes_on(how: str, tmp_path: Path):
+    found = on_ranks(partial(long_work, how=how), 3, tmp_path)
+    codes = [code for code, _, _ in found]
+    if how == "silent":
+        assert codes[0] == codes[2] == LOST_RANK and found[0][2] < 15  # never without end
+        return
+    assert all(seconds > 8.5 for _, _, seconds in found)
+    assert codes == ([0] * 3 if how == "well" else [65] * 3)
+    assert how == "well" or (found[1][1] == "no faces" and "another rank cannot go on" in found[0][1])

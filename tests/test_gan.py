@@ -245,5 +245,4 @@ def test_the_real_dcgan_makes_faces(real_data: Path):
     assert 0.005 < steps < faces.std() / 3
     mean = faces.mean(0)
     symmetry = torch.corrcoef(torch.stack([mean.flatten(), mean.flip(2).flatten()]))[0, 1]
-    print(float(faces.mean()), float(faces.std()), float(faces.std(0).mean()), float(steps), float(symmetry))
     assert symmetry > 0.9
