@@ -349,7 +349,8 @@ def _begin(out: Path, header: dict[str, Any]) -> None:
         except ValueError:
             raise UserError(f"{file} is damaged; name another folder, or remove {out}") from None
         now = configuration.flat(json.loads(json.dumps(header)))
-        apart = next((key for key in (*now, *before) if before.get(key) != now.get(key)), None)
+        keys = (key for key in (*now, *before) if key != "gan_file")  # which may have been renamed: its digest stands
+        apart = next((key for key in keys if before.get(key) != now.get(key)), None)
         if apart:
             values = f"{apart}: {before.get(apart)} -> {now.get(apart)}"
             raise UserError(f"{out} holds the results of another search ({values}); name another folder")

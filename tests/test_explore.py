@@ -497,6 +497,15 @@ def test_another_gan_and_other_faces_are_another_search(gan: Path, native: Path,
         explored(native, tmp_path / "out", "--gan", gan)
 
 
+def test_a_renamed_gan_is_the_same(gan: Path, native: Path, tmp_path: Path):
+    explored(native, tmp_path / "out", "--gan", gan)
+    before = (tmp_path / "out/per_image.csv").read_bytes()
+    explored(
+        native, tmp_path / "out", "--gan", shutil.copy(next(gan.rglob("*.safetensors")), tmp_path / "other.safetensors")
+    )
+    assert (tmp_path / "out/per_image.csv").read_bytes() == before
+
+
 # Small faces ----------------------------------------------------------------------------------------------------------
 
 
