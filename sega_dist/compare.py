@@ -29,12 +29,12 @@ from sega_dist.distributed import WAIT, World
 from sega_dist.environment import packages
 from sega_dist.errors import UserError, closest, run
 from sega_dist.evaluate import write_per_image
-from sega_dist.explore import is_search, read_search
 from sega_dist.faces import TinyFaceConfig, open_faces
 from sega_dist.figures import figure
 from sega_dist.intervals import LEVEL, RESAMPLES, interval
 from sega_dist.paper import OURS, TABLE_3, method_name
 from sega_dist.scoring import CLASSICAL, Scores, SuperResolve, load_metrics, of_snapshot, protocol, score, score_native
+from sega_dist.searched import is_search, read_search
 from sega_dist.snapshot import SNAPSHOTS, load_snapshot
 from sega_dist.tables import Table, as_csv, as_latex, as_markdown, as_terminal
 

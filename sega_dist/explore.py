@@ -26,7 +26,6 @@ from torch import Tensor
 
 from sega_dist import config as configuration
 from sega_dist.arguments import Device, InPath, OutPath, check_folder, parse
-from sega_dist.data.crops import UnusableImage, decode
 from sega_dist.data.pairs import to_uint8
 from sega_dist.data.shards import write_whole
 from sega_dist.distributed import WAIT, World
@@ -35,14 +34,14 @@ from sega_dist.errors import UserError, run
 from sega_dist.faces import Faces, TinyFaceConfig, open_faces
 from sega_dist.gan import Gan, load_gan
 from sega_dist.networks.vgg19 import CONV3_3, Vgg19
-from sega_dist.paper import MGANPRIOR, PULSE, RLSE
 from sega_dist.pictures import Panel, grid, to_image, to_tensor
 from sega_dist.progress import progress
 from sega_dist.search import Found, MganConfig, Perceptual, RlseConfig, Search, check_mgan, check_rlse, mganprior, rlse
+from sega_dist.searched import HEADER, IMAGES, RESULTS, png
 from sega_dist.weights import load_vgg19
 
 Method = Literal["rlse", "pulse", "mganprior"]
-HEADER, RESULTS, IMAGES, STRIPS, PARTS = "search.json", "results.json", "sr", "steps", ".batches"
+STRIPS, PARTS = "steps", ".batches"
 STATE = {"search", "restart", "done", "frames", "spent", "best"}  # of a batch that was stopped
 SAVED_EACH = 30  # seconds of a batch that a stop may cost
 SHOWN = 8  # faces of the grid
@@ -252,71 +251,6 @@ def perceptual_of(vgg19: Vgg19) -> Perceptual:
     return distance
 
 
-@dataclass(frozen=True)
-class Searched:
-    """What a folder of results holds, as a method that can be compared with others."""
-
-    folder: Path
-    header: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """The literature's."""
-        method = self.header["method"]
-        if method == "rlse" and not self.header["rlse"]["lambda_s"]:
-            method = "pulse"
-        return {"rlse": RLSE, "pulse": PULSE, "mganprior": MGANPRIOR}[method]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """All that makes two searches another method."""
-        free = {"method", "seed", "batch", "faces", "images", "gan_file", "device", "compile", "save_steps"}
-        results = {"seconds_a_face", "versions", "mean"}
-        kept = {name: value for name, value in self.header.items() if name not in free | results}
-        return configuration.flat(kept)
-
-    def super_resolve(self, lr: Tensor, scale: int, names: list[str]) -> Tensor:
-        """The faces that were found for these."""
-        side = self.header["side"]
-        faces = []
-        for name in names:
-            file = self.folder / IMAGES / png(name)
-            if not file.is_file():
-                raise UserError(
-                    f"{file} is missing: search for all faces that are compared, or compare fewer: --images"
-                )
-            try:
-                face = to_tensor(decode(file.read_bytes()))
-            except UnusableImage as error:
-                raise UserError(f"{file}: {error}; remove it, and give explore the same command again") from None
-            if face.shape != (3, side, side):
-                raise UserError(f"{file} is not of {side}x{side} pixels")
-            faces.append(face)
-        return torch.stack(faces).to(lr.device)
-
-
-def is_search(folder: Path) -> bool:
-    """Whether explore wrote it."""
-    return (folder / HEADER).is_file()
-
-
-def read_search(folder: Path) -> Searched:
-    """What explore found; UserError where it is not at its end, or was changed."""
-    file = folder / RESULTS
-    if not file.is_file():
-        raise UserError(f"{folder} holds a search that is not at its end; give explore the same command again")
-    try:
-        found = Searched(folder, json.loads(file.read_text()))
-        numbers = [found.header[name] for name in ("scale", "side", "seed", "nimg", "parameters", "seconds_a_face")]
-        texts = [found.header[name] for name in ("faces", "data")]
-        is_typed = all(isinstance(x, (int, float)) for x in numbers) and all(isinstance(x, str) for x in texts)
-        if not is_typed or not found.name:
-            raise TypeError("a value is of another type")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error}); remove it, and give explore the same command again") from None
-    return found
-
-
 def _check(command: ExploreCommand) -> None:
     check_folder(command.out)
     for name, least in (("batch", 1), ("restarts", 1), ("images", 0), ("save_steps", 0), ("seed", 0)):
@@ -408,11 +342,6 @@ def _save(image: Image.Image, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(buffer := io.BytesIO(), "png")
     write_whole(path, buffer.getvalue())
-
-
-def png(name: str) -> Path:
-    """Where the face of that name stands, below the folder of faces."""
-    return Path(name).with_suffix(".png")
 
 
 def _rows(names: list[str], found: Found | None) -> Iterator[tuple[Any, ...]]:

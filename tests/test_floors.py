@@ -41,7 +41,7 @@ FLOORS: list[set[str]] = [
     {"loop"},
     {"trials", "bench.measure", "bench.results", "bench.work"},
     {"scoring", "tables"},
-    {"figures", "faces"},
+    {"figures", "faces", "searched"},
     {
         "shard",
         "verify",
