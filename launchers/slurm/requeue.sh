@@ -25,10 +25,13 @@ watch_over() {
         # One task of an array has the number of the whole array, which would be queued again with it.
         local job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
         job=${job:-$SLURM_JOB_ID}
-        echo "queueing job $job again"
         trap - USR1 TERM
-        scontrol requeue "$job" || true # SLURM may have done so itself
-        sleep 120                       # it ends this script
+        # Not one that somebody cancelled, nor one that SLURM queues by itself: these are ending by now.
+        if [[ $(scontrol -o show job "$job") == *" JobState=RUNNING "* ]]; then
+            echo "queueing job $job again"
+            scontrol requeue "$job" || true # SLURM may have begun to in between
+            sleep 120                       # it ends this script
+        fi
     fi
     exit "$code"
 }
