@@ -14,6 +14,7 @@ from sega_dist.errors import UserError
 from sega_dist.launch import LAUNCHERS, accelerate_file
 
 MODULES = ("compare", "explore")  # that evaluate.sbatch starts as well
+ARRAYS = ("shard", "sweep")
 NAME = re.compile(r"[A-Za-z0-9._-]+")  # of what stands on an #SBATCH line, which no quotes protect
 
 
@@ -36,7 +37,11 @@ class Slurm:
 
 @dataclass(frozen=True)
 class SlurmCommand:
-    """Print a script for sbatch. What follows JOB's own options is given to it: for train RUN and train's options."""
+    """Print a script for sbatch.
+
+    JOB is train, sweep, shard, evaluate, compare or explore. What follows its own options is given to it: for train RUN
+    and train's options.
+    """
 
     slurm: tyro.conf.OmitArgPrefixes[Slurm]
 
@@ -57,6 +62,10 @@ def script(slurm: Slurm, words: list[str]) -> str:
         raise UserError("an argument holds a zero byte")
     if slurm.engine:
         accelerate_file(slurm.engine)
+    if slurm.parts and slurm.job not in ARRAYS:
+        raise UserError(f"--parts: {slurm.job} has none; {' and '.join(ARRAYS)} have")
+    if slurm.nodes > 1 and slurm.job != "train":
+        raise UserError(f"--nodes is {slurm.nodes}; {slurm.job} runs on one node, with as many --gpus as it has")
     is_module = slurm.job in MODULES
     text = (LAUNCHERS / f"slurm/{'evaluate' if is_module else slurm.job}.sbatch").read_text()
     text = _replaced(text, "job-name", f"sega-dist-{slurm.job}") if is_module else text

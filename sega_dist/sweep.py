@@ -85,7 +85,7 @@ def main(argv: list[str] | None = None) -> None:
     compared = [run for run in everything if not run.config.is_face_gan]  # which has no LR to be scored by
     if not comparison:
         if compared:
-            print(f"next: sega-dist compare {shlex.quote(str(sweep.out))}/*/ --data TEST_SHARDS")
+            print(f"next: sega-dist compare {shlex.quote(str(sweep.out))}/*-s*/ --data TEST_SHARDS")
         return
     if compared:
         compare.main([*(f"{name}={run.folder}" for name, run in zip(names(compared), compared, strict=True)),

@@ -110,10 +110,13 @@ def test_scripts_are_sound(file: Path):
 
 def test_a_printed_script_quotes_what_it_is_given(tmp_path: Path):
     for job in ("train", "sweep", "shard", "evaluate", "compare", "explore"):
-        text = script(Slurm(job, nodes=3, gpus=2, time="1-00:00:00", name="x4.b", parts=5), [ODD, "--data", ODD])
+        nodes, parts = 3 if job == "train" else 1, 5 if job in ("shard", "sweep") else 0
+        given = Slurm(job, nodes=nodes, gpus=2, time="1-00:00:00", name="x4.b", parts=parts)
+        text = script(given, [ODD, "--data", ODD])
         head = text.partition("set -euo")[0]
         assert "#SBATCH --job-name=x4.b" in head and "hacked" not in head
-        assert head.count("#SBATCH --nodes=") == 1
+        assert head.count(f"#SBATCH --nodes={nodes}\n") == 1
+        assert head.count("#SBATCH --array=") == (1 if parts else 0)
         file = tmp_path / f"{job}.sh"
         file.write_text(text.split("\nset -- ")[0] + "\nset -- " + text.split("\nset -- ")[1].split("\n\n")[0]
                         + '\nprintf "%s\\0" "$@"\n')  # fmt: skip
@@ -141,6 +144,14 @@ def test_one_script_starts_three_programs(job: str, tmp_path: Path):
 def test_what_no_quotes_protect_is_refused(changes: dict):
     with pytest.raises(UserError):
         script(Slurm("train", **changes), ["run"])
+
+
+@pytest.mark.parametrize("job", ["evaluate", "compare", "explore"])
+def test_one_node_does_it_all_or_nothing(job: str):
+    """Tasks of an array would do the same work in the same folder, and a second node would idle."""
+    for changes in ({"parts": 2}, {"nodes": 2}):
+        with pytest.raises(UserError, match=f"--{next(iter(changes))}"):
+            script(Slurm(job, **changes), ["found"])
 
 
 # On a cluster ------------------------------------------------------------------------------------------------------
