@@ -77,9 +77,14 @@ def normal(seed: int, stream: int, first: int, count: int, width: int, device: t
     Each image has its own SplitMix64, computed where the numbers are wanted: there may be 200,000 for an image. The
     integers are the same on every device, and logarithm and cosine to a rounding.
     """
+    if not width:
+        return torch.empty(count, 0, dtype=torch.float64, device=device)
     key = int(raw(seed, stream, 0, 0, 1)[0])
     numbers = [_signed(_mixed(number, key)) for number in range(first, first + count)]
-    starts = torch.tensor(numbers, dtype=torch.int64, device=device)
+    starts = torch.tensor(numbers, dtype=torch.int64)
+    if torch.device(device).type == "cuda":
+        starts = starts.pin_memory()  # else the host would wait for the copy, and for all that was asked for before it
+    starts = starts.to(device, non_blocking=True)
     half = -(-width // 2)
     z = starts[:, None] + torch.arange(1, 2 * half + 1, device=device) * _signed(GOLDEN)
     z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)

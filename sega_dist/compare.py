@@ -21,7 +21,7 @@ from tyro.conf import Positional
 
 from sega_dist import config as configuration
 from sega_dist.arguments import Device, check_folder, parse
-from sega_dist.comparison import Compared, make_tables, native_tables, speeds
+from sega_dist.comparison import Compared, make_tables, means, native_tables, scored, speeds
 from sega_dist.data.images import ShardReader
 from sega_dist.data.remote import open_shards
 from sega_dist.data.shards import write_whole
@@ -170,6 +170,8 @@ def compare_native(command: CompareCommand, entries: list[Entry], world: World) 
         compared[scale] = summarise(found[scale], columns, world.size)
     if not world.is_main:
         return []
+    for line in faces.remarks:
+        print(line)
     count = len(found[scales[0]].names)
     tables = native_tables(compared, command.against, f"{count} small faces without HR")
     _clear(command.out)
@@ -304,14 +306,14 @@ def summarise(found: Scores, columns: dict[str, Entry], ranks: int) -> list[Comp
     values = dict(zip(found.methods, found.values.numpy().swapaxes(0, 1), strict=True))  # name -> (images, metrics)
     speeds = {name: speed * ranks for name, speed in found.images_per_s.items()}
     speeds |= {name: entry.images_per_s for name, entry in columns.items() if entry.images_per_s is not None}
-    rows = [Compared(name.capitalize(), values[name], values[name].mean(0)[None], 0, 0, speeds[name])
+    rows = [Compared(name.capitalize(), values[name], means(values[name])[None], 0, 0, speeds[name])
             for name in found.methods if name not in columns]  # fmt: skip
     for name in dict.fromkeys(entry.name for entry in columns.values()):
         mine = [column for column, entry in columns.items() if entry.name == name]
         of_seeds = np.stack([values[column] for column in mine])  # (seeds, images, metrics)
         entry, speed = columns[mine[0]], float(np.mean([speeds[column] for column in mine]))
-        rows.append(Compared(name, of_seeds.mean(0), of_seeds.mean(1), entry.nimg, entry.parameters, speed, entry.data,
-                             entry.is_searched))  # fmt: skip
+        rows.append(Compared(name, of_seeds.mean(0), np.stack([*map(means, of_seeds)]), entry.nimg, entry.parameters,
+                             speed, entry.data, entry.is_searched))  # fmt: skip
     return rows
 
 
@@ -332,14 +334,15 @@ def write(command: CompareCommand, tables: list[Table], found: dict[int, Scores]
 
 def _json(method: Compared, metrics: tuple[str, ...]) -> dict[str, Any]:
     """Means, intervals and each seed's mean; null for what is not finite."""
-    values: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for number, name in enumerate(metrics):
-        numbers = [float(method.values[:, number].mean()), *interval(method.values[:, number])]
+        values = scored(method.values[:, number])
+        numbers = [float(means(method.values)[number]), *interval(values)]
         mean, low, high, *seeds = (
             value if math.isfinite(value) else None for value in [*numbers, *method.seeds[:, number].tolist()]
         )
-        values[name] = {"mean": mean, "low": low, "high": high, "seeds": seeds}
-    return values
+        found[name] = {"mean": mean, "low": low, "high": high, "seeds": seeds, "images": len(values)}
+    return found
 
 
 def draw(command: CompareCommand, scale: int, found: Scores, columns: dict[str, str]) -> None:

@@ -123,12 +123,27 @@ def _mean(method: Compared | None, metric: str, metrics: tuple[str, ...]) -> Cel
         return Cell(NOT_MEASURED)
     number = metrics.index(metric)
     digits, values = DIGITS.get(metric, 4), method.values[:, number]
+    values, failed = scored(values), int(np.isnan(values).sum())
+    if not len(values):
+        return Cell("no score")
     detail, (low, high) = "", interval(values)
     if math.isfinite(low):
         detail += f" [{low:.{digits}f}, {high:.{digits}f}]"
     if len(method.seeds) > 1 and np.isfinite(method.seeds[:, number]).all():
         detail += f" +-{method.seeds[:, number].std(ddof=1):.{digits}f} ({len(method.seeds)})"
+    detail += f", {failed} without" if failed else ""
     return Cell(f"{values.mean():.{digits}f}", float(values.mean()), detail)
+
+
+def scored(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Those of the images (images,...) that have every score: NIQE is no number where an image is flat."""
+    return values[~np.isnan(values).reshape(len(values), -1).any(1)]
+
+
+def means(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Of each metric over the images that have it, (images, metrics) to (metrics,); no number where none has."""
+    columns = map(scored, values.T)
+    return np.array([column.mean() if len(column) else np.nan for column in columns])
 
 
 def _printed(values: tuple[float | None, ...] | None, digits: int) -> Cell:
@@ -177,14 +192,15 @@ def _lead(ours: Compared, other: Compared, columns: dict[str, int]) -> tuple[Cel
     cells = []
     for name, number in columns.items():
         digits = DIGITS.get(name, 4)
+        both = scored(np.stack([ours.values[:, number], other.values[:, number]], 1))
         with np.errstate(invalid="ignore"):  # of two infinite scores: no lead
-            lead = ours.values[:, number] - other.values[:, number]
+            lead = both[:, 0] - both[:, 1]
         low, high = interval(lead)
         if not math.isfinite(low):
             cells.append(Cell("-"))
             continue
         cells.append(Cell(f"{lead.mean():+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]", float(lead.mean())))
     name, number = next(iter(columns.items()))
-    above, below = ours.values[:, number] > other.values[:, number], ours.values[:, number] < other.values[:, number]
-    won = float((below if name in LOWER else above).mean())
+    first, second = scored(np.stack([ours.values[:, number], other.values[:, number]], 1)).T
+    won = float(((first < second) if name in LOWER else (first > second)).mean()) if len(first) else 0.0
     return (*cells, Cell(f"{won:.0%}", won))

@@ -103,12 +103,12 @@ def write_per_image(path: Path, found: Scores) -> None:
     writer = csv.writer(file := io.StringIO())
     writer.writerow(["name", *(f"{method}_{name}" for method in found.methods for name in found.metrics)])
     writer.writerows([name, *row] for name, row in zip(found.names, found.values.flatten(1).tolist(), strict=True))
-    write_whole(path, file.getvalue().encode())
+    write_whole(path, file.getvalue().encode(errors="surrogateescape"))  # as names of files are read
 
 
 def cell(name: str, value: float | None) -> str:
     """A score as people read it."""
-    return "inf" if value is None else f"{value:.2f}" if "psnr" in name else f"{value:.4f}"
+    return ("inf" if "psnr" in name else "-") if value is None else f"{value:.2f}" if "psnr" in name else f"{value:.4f}"
 
 
 def table(results: dict[str, Any]) -> Table:

@@ -10,7 +10,6 @@ import dataclasses
 import io
 import json
 import math
-import pickle
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,18 +32,21 @@ from sega_dist.environment import packages
 from sega_dist.errors import UserError, run
 from sega_dist.faces import Faces, TinyFaceConfig, open_faces
 from sega_dist.gan import Gan, load_gan
+from sega_dist.latents import resize, square_difference
 from sega_dist.networks.vgg19 import CONV3_3, Vgg19
 from sega_dist.pictures import Panel, grid, to_image, to_tensor
 from sega_dist.progress import progress
 from sega_dist.search import Found, MganConfig, Perceptual, RlseConfig, Search, check_mgan, check_rlse, mganprior, rlse
 from sega_dist.searched import HEADER, IMAGES, RESULTS, png
-from sega_dist.weights import load_vgg19
+from sega_dist.weights import UNREADABLE, load_vgg19
 
 Method = Literal["rlse", "pulse", "mganprior"]
 STRIPS, PARTS = "steps", ".batches"
 STATE = {"search", "restart", "done", "frames", "spent", "best"}  # of a batch that was stopped
 SAVED_EACH = 30  # seconds of a batch that a stop may cost
 SHOWN = 8  # faces of the grid
+LARGE = 256  # side of a GAN for scales above 16
+MOST = 1 << 30  # bytes of film strips that a batch may keep
 COLUMNS = ("loss", "residual", "consistency_psnr", "is_reached", "step", "non_finite")  # of per_image.csv
 
 
@@ -68,7 +70,7 @@ class ExploreCommand:
     save_steps: int = 0  # keep the best face of every so many steps, as a film strip in OUT/steps; 0 = none
     vgg19: Path | None = None  # VGG19 weights: mganprior's perceptual term, which is left out without them
     precision: Literal["fp32", "tf32", "bf16", "fp64"] = "fp32"  # of the networks; losses and latents stay fp32
-    compile: bool = False  # torch.compile both networks
+    compile: bool = False  # torch.compile both networks; the compiler's minutes count as the faces'
     timeout: int = WAIT  # seconds that a process waits for the others before it gives up
     device: Device = "auto"  # auto: the GPU where there is one
     rlse: RlseConfig = field(default_factory=RlseConfig)
@@ -93,6 +95,7 @@ def explore(command: ExploreCommand, world: World) -> dict[str, Any]:
     """Search for every face, and write the results on the first rank; returns what stands in results.json there."""
     _check(command)
     torch.backends.cudnn.deterministic = True  # else the order in which a GPU adds up gradients is any
+    torch.backends.cuda.matmul.allow_tf32 = False  # of convolutions alone: matrices make images small
     with world.together():
         gan = load_gan(command.gan, world)
         _check_gan(command, gan)
@@ -133,16 +136,17 @@ class Exploration:
                 if isinstance(network, torch.nn.Module):
                     compiled(network)
 
-    def search(self, lr: Tensor, names: list[str], restart: int) -> Search:
-        """Of one start for each face; lr (N,3,h,h) uint8."""
-        command = self.command
+    def search(self, lr: Tensor, names: list[str], restart: int, is_begun: bool = False) -> Search:
+        """Of one start for each face; lr (N,3,h,h) uint8. One that is begun chooses no start again."""
+        command, config = self.command, settings(self.command)
         small = lr.to(self.world.device).to(self.world.dtype) / 255
         shared = command.seed, restart
         if command.method == "mganprior":
             return mganprior(self.gan.generator, small, names, command.mgan, *shared, self.perceptual,
                              self.world.autocast)  # fmt: skip
-        return rlse(self.gan.generator, self.gan.discriminator, small, names, settings(command), *shared,
-                    self.world.autocast)  # fmt: skip
+        config = dataclasses.replace(config, init_candidates=1) if is_begun else config
+        return rlse(self.gan.generator, self.gan.discriminator, small, names, config, *shared, self.world.autocast,
+                    self.world.beat)  # fmt: skip
 
 
 class Batch:
@@ -160,19 +164,19 @@ class Batch:
         if state:
             self.best = Found.on(self.exploration.world.device, state["best"]) if state["best"] else None
             self.frames, self.spent = state["frames"], state["spent"]
-            self.advance(len(self.names) * state["done"], "")
+            self.advance(len(self.names) * state["done"], seconds=self.spent)
         for restart in range(state.get("restart", 0), self.exploration.command.restarts):
-            search = self.exploration.search(self.lr, self.names, restart)
+            began = time.perf_counter()
+            search = self.exploration.search(self.lr, self.names, restart, is_begun=bool(state))
             if state:
                 search.load_state(state["search"])
                 state = {}
-            self._run(search, restart)
+            self._run(search, restart, began)
         assert self.best is not None
         return self.best
 
-    def _run(self, search: Search, restart: int) -> None:
+    def _run(self, search: Search, restart: int, began: float) -> None:
         steps, each = search.steps, self.exploration.command.save_steps
-        began = time.perf_counter()
 
         def on_step(step: int, losses: Tensor, images: Tensor) -> None:
             nonlocal began
@@ -209,7 +213,7 @@ def read_whole_state(file: Path) -> dict[str, Any]:
         return state
     except FileNotFoundError:
         return {}
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError):
+    except UNREADABLE:
         print(f"{file} is damaged: its faces are searched for from the first step")
         return {}
 
@@ -272,6 +276,18 @@ def _check_gan(command: ExploreCommand, gan: Gan) -> None:
         raise UserError(f"mgan.layer is {command.mgan.layer}; it must be at most {g.splits} for {gan.file}")
     if g.side % command.scale:
         raise UserError(f"the GAN's {g.side} pixels do not divide by --scale {command.scale}")
+    if command.scale > 16 and g.side < LARGE:
+        raise UserError(
+            f"--scale {command.scale} wants a GAN of {LARGE} pixels or more, and {command.gan} makes {g.side}: too few"
+            " pixels would be left to go by"
+        )
+    steps = command.mgan.steps if command.method == "mganprior" else command.rlse.steps
+    frames = -(-steps // command.save_steps) * command.restarts if command.save_steps else 0
+    if frames * command.batch * 3 * g.side**2 > MOST:
+        raise UserError(
+            f"--save-steps {command.save_steps} would keep {frames:,} pictures of each of {command.batch} faces in"
+            f" memory, above {MOST >> 30} GiB: keep fewer, or lower --batch"
+        )
 
 
 def _begin(out: Path, header: dict[str, Any]) -> None:
@@ -280,7 +296,7 @@ def _begin(out: Path, header: dict[str, Any]) -> None:
     if file.is_file():
         try:
             before = configuration.flat(json.loads(file.read_text()))
-        except ValueError:
+        except (ValueError, AttributeError):
             raise UserError(f"{file} is damaged; name another folder, or remove {out}") from None
         now = configuration.flat(json.loads(json.dumps(header)))
         keys = (key for key in (*now, *before) if key != "gan_file")  # which may have been renamed: its digest stands
@@ -309,8 +325,13 @@ def _search_all(exploration: Exploration, faces: Faces, batches: list[tuple[int,
             lr, names = faces.lr(part), [faces.names[i] for i in part]
             state = parts / f"{number:06d}.pt"
             batch = Batch(exploration, lr, names, state, advance)
-            _keep(command.out, faces, lr, names, batch, batch.run())
-            rows = [dict(zip(("name", *COLUMNS), row, strict=True)) for row in _rows(names, batch.best)]
+            try:
+                found = batch.run()
+            except torch.OutOfMemoryError:
+                raise UserError(f"{world.device} has too little memory for --batch {command.batch}: lower it") from None
+            made = to_uint8(2 * found.image - 1).cpu()
+            _keep(command.out, lr, made, names, batch.frames)
+            rows = [dict(zip(("name", *COLUMNS), row, strict=True)) for row in _rows(names, found, lr, made)]
             values = {"seconds": batch.spent, "rows": rows}
             write_whole(parts / f"{number:06d}.json", json.dumps(values).encode())
             state.unlink(missing_ok=True)
@@ -327,14 +348,13 @@ def _is_done(command: ExploreCommand, number: int, faces: Faces, part: range) ->
     return is_whole and all((folder / png(faces.names[i])).is_file() for folder in folders for i in part)
 
 
-def _keep(out: Path, faces: Faces, lr: Tensor, names: list[str], batch: Batch, found: Found) -> None:
-    """The faces found, and their film strips, as PNG."""
-    made = to_uint8(2 * found.image - 1).cpu()
+def _keep(out: Path, lr: Tensor, made: Tensor, names: list[str], frames: list[Tensor]) -> None:
+    """The faces found, (N,3,R,R) uint8, and their film strips, as PNG."""
     for i, name in enumerate(names):
         _save(to_image(made[i]), out / IMAGES / png(name))
-        if batch.frames:
+        if frames:
             small = F.interpolate(lr[i : i + 1].float(), size=made.shape[-1], mode="nearest").to(torch.uint8)[0]
-            strip = torch.cat([small, *(frame[i] for frame in batch.frames), made[i]], 2)
+            strip = torch.cat([small, *(frame[i] for frame in frames), made[i]], 2)
             _save(to_image(strip), out / STRIPS / png(name))
 
 
@@ -344,12 +364,17 @@ def _save(image: Image.Image, path: Path) -> None:
     write_whole(path, buffer.getvalue())
 
 
-def _rows(names: list[str], found: Found | None) -> Iterator[tuple[Any, ...]]:
-    """One for each face, in the order of `COLUMNS`; None where there is no finite number."""
-    assert found is not None
-    columns = (found.loss, found.residual, found.is_reached, found.step, found.non_finite)
-    for name, loss, residual, *rest in zip(names, *(column.tolist() for column in columns), strict=True):
-        psnr = -10 * math.log10(residual) if 0 < residual < math.inf else None
+def _rows(names: list[str], found: Found, lr: Tensor, made: Tensor) -> Iterator[tuple[Any, ...]]:
+    """One for each face, in the order of `COLUMNS`; None where there is no finite number.
+
+    `residual` is what the search saw, by its own filter and before rounding; the PSNR is that of the picture as it is
+    kept, made small as LR is elsewhere, and of all methods alike.
+    """
+    again = resize(made.double() / 255, lr.shape[-1], "bicubic")
+    apart = square_difference(again, lr.double() / 255)
+    columns = (found.loss, found.residual, apart, found.is_reached, found.step, found.non_finite)
+    for name, loss, residual, mse, *rest in zip(names, *(column.tolist() for column in columns), strict=True):
+        psnr = -10 * math.log10(mse) if mse else None
         yield name, *(x if math.isfinite(x) else None for x in (loss, residual)), psnr, *rest
 
 
@@ -360,7 +385,7 @@ def _finish(command: ExploreCommand, faces: Faces, batches: list[range], header:
     writer = csv.DictWriter(file := io.StringIO(), ["name", *COLUMNS])
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(command.out / "per_image.csv", file.getvalue().encode())
+    write_whole(command.out / "per_image.csv", file.getvalue().encode(errors="surrogateescape"))
     shown = range(min(SHOWN, len(faces)))
     captions = [f"{rows[i]['consistency_psnr'] or math.nan:.1f} dB from LR" for i in shown]
     _save(_picture(command.out, faces, shown, captions), command.out / "grid.png")
@@ -393,9 +418,10 @@ def table(results: dict[str, Any]) -> Table:
     shown = Table(
         title=f"{results['images']} faces, {results['method']} x{results['scale']}, to {results['side']} pixels"
     )
-    mean = results["mean"]
+    mean, has_eps = results["mean"], bool(results.get("rlse", {}).get("eps"))
     cells = {
-        "loss": mean["loss"], "PSNR from LR, dB": mean["consistency_psnr"], "residual within eps": mean["is_reached"],
+        "loss": mean["loss"], "PSNR from LR, dB": mean["consistency_psnr"],
+        "residual within eps": mean["is_reached"] if has_eps else None,
         "seconds a face": results["seconds_a_face"],
     }  # fmt: skip
     for name in cells:

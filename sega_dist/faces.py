@@ -19,7 +19,7 @@ from sega_dist.data.shards import MANIFEST, open_manifest
 from sega_dist.data.sources import SUFFIXES
 from sega_dist.errors import UserError
 from sega_dist.pictures import to_tensor
-from sega_dist.scoring import read_whole
+from sega_dist.scoring import read_whole, whole
 
 SAID = 5  # skipped images that are named one by one
 GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "F")  # modes of Pillow
@@ -72,8 +72,7 @@ def _of_shards(source: Path, split: str, scale: int, side: int, images: int) -> 
         raise UserError(
             f"{source} holds images of side {size}, the GAN makes {side}: shard with --size {side}, or another GAN"
         )
-    names = [reader.name(number) for number in range(len(reader))]
-    names = names[: images or None]
+    names = whole(reader, reader.name, range(min(images or len(reader), len(reader))))
     _check_names(source, names)
     return Faces(names, f"{reader.manifest.digest} {split} {len(names)}", reader=reader, scale=scale)
 
@@ -84,19 +83,23 @@ def _of_folder(source: Path, side: int, tinyface: TinyFaceConfig, images: int, w
         files = sorted(random.Random(0).sample(files, min(tinyface.subset, len(files))))
     names, small, problems, grey = list[str](), list[Tensor](), list[str](), 0
     for file in files[: images or None]:
+        name = str(file.relative_to(source)) if source.is_dir() else file.name
+        if any("\ud800" <= character <= "\udfff" for character in name):
+            problems.append(f"{name!r}: its name is not UTF-8; rename it")
+            continue
         try:
             image, is_grey = _opened(file, side, tinyface.resize == "squash", what)
         except (UnusableImage, OSError) as error:
             problems.append(f"{file}: {error}")
             continue
         grey += is_grey
-        names.append(str(file.relative_to(source)) if source.is_dir() else file.name)
+        names.append(name)
         small.append(image)
     if not names:
         raise UserError(problems[0])
     _check_names(source, names)
     pixels = torch.stack(small)
-    digest = hashlib.sha256(pixels.numpy().tobytes() + "\n".join(names).encode(errors="surrogateescape")).hexdigest()
+    digest = hashlib.sha256(pixels.numpy().tobytes() + "\n".join(names).encode()).hexdigest()
     return Faces(names, digest, pixels, remarks=tuple(_remarks(problems, grey)))
 
 

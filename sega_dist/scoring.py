@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -26,6 +26,7 @@ from sega_dist.weights import load_lpips
 
 # LR (N,3,h,w) uint8, scale, the images' names -> SR (N,3,scale*h,scale*w) uint8
 SuperResolve = Callable[[Tensor, int, list[str]], Tensor]
+T = TypeVar("T")
 LR = "bicubic, antialiased, a = -0.5, rounded to 8 bits"
 
 
@@ -176,8 +177,13 @@ def protocol(reader: ShardReader, judge: Metrics, device: torch.device) -> dict[
 
 def read_whole(reader: ShardReader, numbers: range) -> tuple[Tensor, list[str]]:
     """Images (N,3,S,S) and their names; a damaged one ends the evaluation, since scores must cover the whole split."""
+    return torch.stack(whole(reader, reader.image, numbers)), whole(reader, reader.name, numbers)
+
+
+def whole(reader: ShardReader, read: Callable[[int], T], numbers: range) -> list[T]:
+    """What `read`, a method of the reader, gives for these numbers; UserError where one is damaged."""
     try:
-        return torch.stack([reader.image(i) for i in numbers]), [reader.name(i) for i in numbers]
+        return [read(number) for number in numbers]
     except DamagedSample as error:
         raise UserError(f"{reader.manifest.folder} is damaged: {error}; sega-dist verify names every shard") from None
 

@@ -231,7 +231,7 @@ class Search:
     def state(self) -> dict[str, Any]:
         """All that a search made with the same arguments needs to go on from here: a copy, for torch.save."""
         variables = [variable.detach() for variable in self.variables]
-        state = {"step": self.step, "variables": variables, "found": vars(self.found)}
+        state = {"step": self.step, "variables": variables, "radii": self.radii, "found": vars(self.found)}
         return copy.deepcopy(state | {"optimizer": self.optimizer.state_dict()})
 
     @torch.no_grad()
@@ -240,6 +240,7 @@ class Search:
         state = copy.deepcopy(state)
         for variable, value in zip(self.variables, state["variables"], strict=True):
             variable.copy_(value)
+        self.radii = [radius.to(self.evaluate.lr.device) for radius in state["radii"]]
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.found = state["step"], Found.on(self.evaluate.lr.device, state["found"])
 
@@ -275,16 +276,23 @@ class Search:
 
 
 def rlse(g: Explorable, d: Featured | None, lr: Tensor, keys: list[str], config: RlseConfig, seed: int = 0,
-         restart: int = 0, autocast: Autocast = nullcontext) -> Search:  # fmt: skip
+         restart: int = 0, autocast: Autocast = nullcontext,
+         on_candidate: Callable[[], None] = lambda: None) -> Search:  # fmt: skip
     """The search for faces that look like lr (N,3,h,h) in [0,1] when made as small; with lambda_s 0 it is PULSE's.
 
-    Latents, radii and losses have the type of lr, fp32 or fp64. Only z is chosen among candidates, not the noises.
+    Latents, radii and losses have the type of lr, fp32 or fp64. Only z is chosen among candidates, not the noises;
+    `on_candidate` is called when one is scored. A search that will go on from a state needs one candidate only.
     """
     lr, vectors = lr.detach(), g.layers if config.latent == "w18" else 1
     noises, candidates = _drawn(g, lr, keys, seed, restart, [(vectors, g.w_size)] * config.init_candidates)
     searched = noises[: min(config.noise_layers, max(len(noises) - 1, 0))]
     evaluate = _Exploration(g, d, lr, noises[len(searched) :], config, autocast)
-    z = _best_start(candidates, lambda z: evaluate.score([z, *searched]))
+
+    def score(z: Tensor) -> Tensor:
+        on_candidate()
+        return evaluate.score([z, *searched])
+
+    z = _best_start(candidates, score)
     share = latents.SCHEDULES[config.learning_rate_schedule]
 
     def rate(step: int) -> float:

@@ -5,6 +5,7 @@ import importlib.resources
 import os
 import pickle
 import re
+import struct
 import urllib.error
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from sega_dist.networks.vgg19 import Vgg19
 
 VARIABLE = "SEGA_DIST_VGG19"
 WRAPPERS = ("params_ema", "params", "ema_state_dict", "state_dict")  # under which programs save weights; the first wins
+UNREADABLE = (  # what torch.load raises, by where the damage is
+    OSError, RuntimeError, ValueError, LookupError, EOFError, TypeError, AttributeError, AssertionError, struct.error,
+    pickle.UnpicklingError,
+)  # fmt: skip
 URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"  # torchvision's VGG19_Weights.IMAGENET1K_V1, 548 MB
 
 
@@ -69,7 +74,7 @@ def read_state(file: Path, option: str) -> dict[str, Tensor]:
         if file.suffix == ".safetensors":
             return load_file(file)
         state = torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, SafetensorError) as error:
+    except (*UNREADABLE, SafetensorError) as error:
         reason = str(error).splitlines()[0][:100] if str(error) else type(error).__name__
         raise UserError(f"cannot read weight file {file}: {reason}") from None
     if isinstance(state, dict):

@@ -279,7 +279,7 @@ def test_infinite_scores_are_null_and_never_crash(runs: Path, flat: Manifest, tm
     found = compared(flat, tmp_path / "out", runs / "s0", runs / "s1", "--against", "Bicubic")
     row = found["rows"][0]
     assert row["method"] == "Bicubic"
-    assert row["psnr"] == {"mean": None, "low": None, "high": None, "seeds": [None]}
+    assert row["psnr"] == {"mean": None, "low": None, "high": None, "seeds": [None], "images": 6}
     assert row["ssim"]["mean"] == 1
     text = (tmp_path / "out/comparison.md").read_text()
     assert next(line for line in tables(tmp_path / "out")["Table 1: 6 images"] if line[0] == "Bicubic")[1] == "inf"
@@ -815,6 +815,39 @@ def test_faces_without_hr_have_their_niqe(native: Path, tmp_path: Path):
     assert fewer["images"] == 2
     assert [row["RLSE_niqe"] for row in images(tmp_path / "two", 8)] == [
         row["RLSE_niqe"] for row in images(tmp_path / "out", 8)][:2]  # fmt: skip
+
+
+def test_a_face_without_niqe_is_counted_and_costs_no_other_its_score(native: Path, tmp_path: Path,
+                                                                     capsys: pytest.CaptureFixture[str]):  # fmt: skip
+    """A flat one; and a file that is no image is said, by compare as by explore."""
+    faces, model = shutil.copytree(native / "faces", tmp_path / "faces"), made_up_niqe(tmp_path)
+    Image.new("RGB", Image.open(faces / "0.png").size, (99, 99, 99)).save(faces / "flat.png")
+    (faces / "torn.png").write_bytes(b"\x89PNG")
+    explored(faces, tmp_path / "rlse", "--gan", native / "gan", "--rlse.steps", 1)
+    capsys.readouterr()
+    found = compared_native(faces, tmp_path / "out", tmp_path / "rlse", "--niqe", model, "--against", "Bicubic")
+    bicubic, *_, rlse = found["rows"]
+    scores = [float(row["bicubic_niqe"]) for row in images(tmp_path / "out", 8)]
+    [flat] = [number for number, score in enumerate(scores) if math.isnan(score)]
+    assert (bicubic["niqe"]["images"], rlse["niqe"]["images"], found["images"]) == (5, 6, 6)
+    assert bicubic["niqe"]["mean"] == pytest.approx(np.nanmean(scores), rel=1e-12)
+    of = {row[0]: row[1:] for row in tables(tmp_path / "out")["NIQE: 6 small faces without HR"]}
+    assert of["Bicubic"][0].endswith("], 1 without") and "without" not in of["RLSE"][0]
+    lead = next(row for row in tables(tmp_path / "out")["x8: leads of Bicubic"] if row[0] == "RLSE")
+    pairs = [(a, float(row["RLSE_niqe"])) for a, row in zip(scores, images(tmp_path / "out", 8), strict=True)]
+    del pairs[flat]
+    assert float(lead[1].split()[0]) == pytest.approx(np.mean([a - b for a, b in pairs]), abs=6e-4)
+    assert lead[2] == f"{np.mean([a < b for a, b in pairs]):.0%}"
+    assert "torn.png" in capsys.readouterr().out
+
+
+def test_where_no_image_has_a_score_the_table_says_so():
+    none = Compared("A", np.full((3, 1), np.nan), np.full((1, 1), np.nan), 0, 0, 1.0, is_searched=True)
+    some = none._replace(name="B", values=np.ones((3, 1)), seeds=np.ones((1, 1)))
+    table, leads = native_tables({8: [none, some]}, "B", "3 faces")
+    of = {row.name: row.cells[0].text for row in table.rows}
+    assert (of["A"], of["B"]) == ("no score", "1.000")
+    assert [cell.text for cell in leads.rows[0].cells] == ["-", "0%"]
 
 
 def test_faces_of_other_sizes_are_compared_as_they_were_searched(native: Path, tmp_path: Path):

@@ -130,6 +130,11 @@ def test_latents_differ_by_seed_stream_and_position():
     assert len(torch.cat(found).unique()) == 12 * 64
 
 
+def test_a_run_without_latents_draws_none(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(positions, "raw", lambda *_: pytest.fail("drawn"))
+    assert positions.normal(0, positions.LATENT, 0, 5, 0, "cpu").shape == (5, 0)
+
+
 def test_latents_are_standard_normal_and_independent():
     """Four moments, the distribution, and the correlation of numbers and of their squares, each to 5 of its errors."""
     x = positions.normal(0, positions.LATENT, 0, 20_000, 33, "cpu")

@@ -21,7 +21,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from sega_dist import errors, explore, train
+from sega_dist import errors, explore, search, train
+from sega_dist.data.images import DamagedSample, ShardReader
 from sega_dist.data.pairs import to_uint8
 from sega_dist.data.shards import Manifest, open_manifest
 from sega_dist.data.synthetic import write_folder
@@ -88,6 +89,7 @@ def test_every_face_has_its_image_and_its_row(method: str, gan: Path, shards: Ma
     assert ("rlse" in values) == (method != "mganprior") and ("mgan" in values) == (method == "mganprior")
     said = capsys.readouterr()
     assert "results in" in said.out and ", loss " in said.err
+    assert ("within eps" in said.out) and ((method == "mganprior") == (" - " in said.out))
 
 
 def test_what_is_written_is_what_the_search_finds(gan: Path, native: Path, tmp_path: Path):
@@ -103,7 +105,15 @@ def test_what_is_written_is_what_the_search_finds(gan: Path, native: Path, tmp_p
         made = to_uint8(2 * found.image[i] - 1)
         assert torch.equal(picture(tmp_path / "sr" / name), made)
         assert (row["name"], float(row["loss"]), int(row["step"])) == (name, found.loss[i].item(), int(found.step[i]))
-        assert float(row["consistency_psnr"]) == pytest.approx(-10 * math.log10(found.residual[i]), abs=1e-9)
+        assert float(row["residual"]) == found.residual[i].item()
+        assert float(row["consistency_psnr"]) == pytest.approx(psnr_from_lr(made, lr[i]), abs=1e-4)
+
+
+def psnr_from_lr(face: torch.Tensor, lr: torch.Tensor) -> float:
+    """Of a picture (3,R,R) in 0 to 255, made small by Pillow without rounding, from LR (3,h,h) in [0,1]."""
+    side = (lr.shape[-1], lr.shape[-1])
+    again = [Image.fromarray(plane.numpy().astype("f4")).resize(side, Image.Resampling.BICUBIC) for plane in face]
+    return -10 * math.log10(np.square(np.stack([*map(np.asarray, again)]) / 255 - lr.numpy()).mean())
 
 
 def test_the_seed_and_the_name_decide_the_face(gan: Path, native: Path, tmp_path: Path):
@@ -124,9 +134,13 @@ def test_the_seed_and_the_name_decide_the_face(gan: Path, native: Path, tmp_path
 @pytest.mark.parametrize("method", METHODS)
 def test_the_batch_changes_nothing_but_memory(method: str, gan: Path, native: Path, tmp_path: Path, monkeypatch):
     """In fp64, whose rounding no 8-bit image shows; and no search has more faces than a batch."""
-    sizes, searched = [], explore.Exploration.search
-    monkeypatch.setattr(explore.Exploration, "search",
-                        lambda self, lr, *rest: sizes.append(len(lr)) or searched(self, lr, *rest))  # fmt: skip
+    sizes, search = [], explore.Exploration.search
+
+    def counted(self: explore.Exploration, lr: torch.Tensor, *rest: object, **more: object) -> object:
+        sizes.append(len(lr))
+        return search(self, lr, *rest, **more)
+
+    monkeypatch.setattr(explore.Exploration, "search", counted)
     for batch in (1, 2, 5):
         explored(
             native, tmp_path / str(batch), "--gan", gan, "--method", method, "--batch", batch, "--precision", "fp64"
@@ -268,14 +282,27 @@ def test_one_search_may_be_killed_again_and_again(full, gan: Path, native: Path,
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_each_method_goes_on_in_the_middle_of_a_batch(method: str, gan: Path, native: Path, tmp_path: Path):
+def test_each_method_goes_on_in_the_middle_of_a_batch(method: str, gan: Path, native: Path, tmp_path: Path,
+                                                      monkeypatch: pytest.MonkeyPatch):  # fmt: skip
     words = ("--gan", gan, "--method", method, "--rlse.init-candidates", 3, "--rlse.steps", 6, "--mgan.steps", 6)
     explored(native, tmp_path / "whole", *words)
     assert killed(4, native, tmp_path / "cut", *words)  # after three steps
     state = torch.load(tmp_path / "cut/.batches/000000.pt", weights_only=True)
     assert state["search"]["step"] == 3
+    scored, best_start = [], search._best_start
+    monkeypatch.setattr(search, "_best_start", lambda *given: scored.append(len(given[0])) or best_start(*given))
     explored(native, tmp_path / "cut", *words)
     assert result(tmp_path / "cut") == result(tmp_path / "whole")
+    assert scored == ([] if method == "mganprior" else [1])  # what was chosen once is not chosen again
+
+
+def test_choosing_a_start_is_alive_and_counts(gan: Path, native: Path, tmp_path: Path, monkeypatch):
+    beats, now = [], itertools.count()
+    monkeypatch.setattr(World, "beat", lambda self: beats.append(0))
+    monkeypatch.setattr(explore.time, "perf_counter", lambda: float(next(now) if not beats else 1000 + next(now)))
+    explored(native, tmp_path, "--gan", gan, "--rlse.init-candidates", 7)
+    assert len(beats) == 7 + 4
+    assert json.loads((tmp_path / "results.json").read_text())["seconds_a_face"] >= 1000 / 5
 
 
 def test_the_state_is_saved_now_and_then(gan: Path, native: Path, tmp_path: Path, monkeypatch):
@@ -421,6 +448,12 @@ def test_bad_input(gan: Path, native: Path, shards: Manifest, manifest: Manifest
         (native, [*sixteen], "4x4 pixels, which is of another size: a GAN of 32 pixels at x16 wants 2x2"),
         (shards.folder, ["--scale", 64], "32 pixels do not divide by --scale 64"),
         (shards.folder, ["--scale", 4], "--scale"),
+        (native, ["--scale", 32], "--scale 32 wants a GAN of 256 pixels or more, and .*run makes 32"),
+        (
+            native,
+            ["--save-steps", 1, "--rlse.steps", 30_000],
+            "keep 30,000 pictures of each of 16 faces .* lower --batch",
+        ),
         (tmp_path / "none", [], "does not exist"),
         (empty, [], "holds no images"),
         (clear, [], "transparent pixels; lay it on a background"),
@@ -461,6 +494,40 @@ def test_bad_input(gan: Path, native: Path, shards: Manifest, manifest: Manifest
         assert (sorted(tmp_path.rglob("*")), sorted(native.rglob("*"))) == before
 
 
+def test_a_name_that_is_no_text_is_skipped(gan: Path, native: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Which no CSV could hold."""
+    faces = shutil.copytree(native, tmp_path / "faces")
+    shutil.copy(faces / "0.png", os.fsencode(faces) + b"/caf\xe9.png")
+    explored(faces, tmp_path / "out", "--gan", gan)
+    assert len(rows(tmp_path / "out")) == 5
+    assert r"skipped 'caf\udce9.png': its name is not UTF-8; rename it" in capsys.readouterr().out
+
+
+def test_a_damaged_name_in_a_shard_is_one_line_and_only_what_is_asked_for_is_read(
+    gan: Path, shards: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    name = ShardReader.name
+
+    def damaged(self: ShardReader, number: int) -> str:
+        if number >= 2:
+            raise DamagedSample("its name cannot be read")
+        return name(self, number)
+
+    monkeypatch.setattr(ShardReader, "name", damaged)
+    explored(shards.folder, tmp_path / "two", "--gan", gan, "--images", 2)
+    with pytest.raises(UserError, match="is damaged: its name cannot be read; sega-dist verify names every shard"):
+        explored(shards.folder, tmp_path / "all", "--gan", gan)
+
+
+def test_too_little_memory_is_one_line(gan: Path, native: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def run(self: explore.Batch) -> None:
+        raise torch.OutOfMemoryError("tried to allocate")
+
+    monkeypatch.setattr(explore.Batch, "run", run)
+    with pytest.raises(UserError, match="too little memory for --batch 3: lower it"):
+        explored(native, tmp_path, "--gan", gan, "--batch", 3)
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(gan: Path, native: Path, capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as stop:
         errors.run(explore.main, [str(native), "/proc/none/out", "--gan", str(gan), "--device", "cpu"])
@@ -492,9 +559,10 @@ def test_another_gan_and_other_faces_are_another_search(gan: Path, native: Path,
     shutil.copy(faces / "0.png", faces / "2.png")
     with pytest.raises(UserError, match=r"another search \(faces: "):
         explored(faces, tmp_path / "out", "--gan", gan)
-    cut(tmp_path / "out/search.json")
-    with pytest.raises(UserError, match=r"search\.json is damaged; name another folder, or remove"):
-        explored(native, tmp_path / "out", "--gan", gan)
+    for damage in (cut, lambda file: file.write_text("[]")):
+        damage(tmp_path / "out/search.json")
+        with pytest.raises(UserError, match=r"search\.json is damaged; name another folder, or remove"):
+            explored(native, tmp_path / "out", "--gan", gan)
 
 
 def test_a_renamed_gan_is_the_same(gan: Path, native: Path, tmp_path: Path):

@@ -156,6 +156,14 @@ def test_modulation_is_a_convolution_with_own_filters(is_doubling: bool):
     assert_gradients(found, expected, [x, style, layer.weight], 1e-12)
 
 
+def test_styles_of_any_size_are_demodulated_in_fp16():
+    """Whose squares end at 65,504."""
+    layer, x, style = StyledConvolution(3, 5, 4, 12, False), randn(4, 3, 6, 6).float(), 300 * randn(4, 3).float()
+    with torch.autocast("cpu", torch.float16):
+        found = layer.modulated(x, style)
+    torch.testing.assert_close(found.float(), layer.modulated(x, style), rtol=0.02, atol=0.02)
+
+
 def assert_gradients(found: Tensor, expected: Tensor, inputs: list[Tensor], tolerance: float) -> None:
     side = torch.randn_like(found)
     ours, theirs = (torch.autograd.grad(y, inputs, side) for y in (found, expected))

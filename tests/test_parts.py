@@ -1,6 +1,7 @@
 """Small rooms: EMA, pictures, statistics, weight files, the reference ops."""
 
 import json
+import random
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +129,15 @@ def test_unusable_weight_files_say_so(tmp_path: Path, capsys: pytest.CaptureFixt
             load_vgg19(Vgg19(CONV3_3), tmp_path / name)
         assert "\n" not in str(caught.value)
     assert "sprung" not in capsys.readouterr().out
+
+
+def test_no_bytes_of_a_weight_file_end_in_a_traceback(tmp_path: Path):
+    """Any first byte: torch reads what is no zip as a pickle, operation by operation."""
+    generator = random.Random(0)
+    for first in range(256):
+        (tmp_path / "a.pth").write_bytes(bytes([first]) + generator.randbytes(40))
+        with pytest.raises(UserError, match=r"cannot read|is not a state dict"):
+            load_vgg19(Vgg19(CONV3_3), tmp_path / "a.pth")
 
 
 def _no_network(*_: object, **__: object) -> None:

@@ -109,8 +109,10 @@ class StyledConvolution(Resampling):
             y = 4 * self.blurred(F.conv_transpose2d(x, self.weight.transpose(0, 1), stride=2), padding=1)
         else:
             y = F.conv2d(x, self.weight, padding=1)
-        squares = style.square() @ self.weight.square().sum((2, 3)).T
-        return y * (squares + EPS).rsqrt()[..., None, None]
+        with full_precision(x.device):  # in fp16 the squares would overflow, and EPS be nothing
+            filters = self.weight.square().sum((2, 3))
+            norm = (style.to(filters.dtype).square() @ filters.T + EPS).rsqrt()
+        return y * norm.to(y.dtype)[..., None, None]
 
     def forward(self, x: Tensor, w: Tensor, noise: Tensor) -> Tensor:
         y = self.modulated(x, self.affine(w)) + self.noise_strength * noise
