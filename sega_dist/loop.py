@@ -205,7 +205,8 @@ class Training:
         ranks = f"{self.world.size} x {self.world.device.type}, {self.world.engine}, {self.config.train.precision}"
         self.report.say(f"{ranks}: from image {self.nimg:,} to {self.config.train.images:,} -> {self.out}")
         ops = ", ".join(f"{op} {impl}" for op, impl in self.ops.items())
-        self.report.say(f"kernels {self.config.kernels}: {ops}")
+        if ops:
+            self.report.say(f"kernels {self.config.kernels}: {ops}")
         if self.config.compile != "off":
             self.report.say(f"compile {self.config.compile}: the first steps wait for the compiler")
 
