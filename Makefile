@@ -4,7 +4,7 @@ BIN := .venv/bin
 DEMO := runs/demo
 DATA ?=
 FACES ?= 400
-# Processes for the tests of kernels, which take one core each; the others start processes of their own.
+# Processes for the tests; those of several ranks mostly wait, for each other and for programs to start.
 JOBS ?= 2
 
 # The GPU where there is one, else two processes on the CPU.
@@ -63,11 +63,11 @@ endif
 
 test: $(BIN)/.dev
 	$(BIN)/python -m pytest -m "not distributed and not slow" -n $(JOBS) --dist worksteal
-	$(BIN)/python -m pytest -m "distributed and not slow"
+	$(BIN)/python -m pytest -m "distributed and not slow" -n $(JOBS) --dist worksteal
 
 test-all: $(BIN)/.dev
 	$(BIN)/python -m pytest -m "not distributed and not soak" -n $(JOBS) --dist worksteal
-	$(BIN)/python -m pytest -m "distributed and not soak and not slurm"
+	$(BIN)/python -m pytest -m "distributed and not soak and not slurm" -n $(JOBS) --dist worksteal
 
 # Wants Debian's slurmctld, slurmd and slurm-client; starts a cluster of its own on the loopback, and ends it.
 test-slurm: $(BIN)/.dev

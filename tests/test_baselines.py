@@ -619,7 +619,8 @@ def test_milestones_refuse_another_length(manifest: Manifest, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["vdsr", pytest.param("urdgn", marks=pytest.mark.soak)])
+@pytest.mark.soak
+@pytest.mark.parametrize("method", ["vdsr", "urdgn"])
 def test_verify_resume(method: str, manifest: Manifest, capsys: pytest.CaptureFixture):
     words = ["--steps", "3", "--stop-after", "2", "--preset", f"{method}_x4", *SMALL, "--data", str(manifest.folder)]
     resume.verify_main(words)
@@ -627,6 +628,7 @@ def test_verify_resume(method: str, manifest: Manifest, capsys: pytest.CaptureFi
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.distributed
 def test_stop_and_resume_on_two_ranks(manifest: Manifest, tmp_path: Path):
     """RMSprop, the discriminator and its noise."""
@@ -651,7 +653,7 @@ def test_stop_and_resume_on_two_ranks(manifest: Manifest, tmp_path: Path):
         pytest.param(*("srresnet", 800, 1e-3, {"blocks": 4}), marks=pytest.mark.soak),
         pytest.param(*("esrgan", 800, 1e-3, {"blocks": 1}), marks=pytest.mark.soak),
         pytest.param(*("urdgn", 120, 1e-3, {"channels": 16}), marks=pytest.mark.soak),
-        ("fsrnet", 200, 1e-3, {}),
+        pytest.param(*("fsrnet", 200, 1e-3, {}), marks=pytest.mark.soak),
     ],
 )
 def test_overfits_eight_faces_above_bicubic(method: str, steps: int, rate: float, size: dict):

@@ -384,7 +384,7 @@ def test_a_full_disk_is_named_and_the_same_command_goes_on(full, gan: Path, nati
 
 @pytest.mark.distributed
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["rlse", "mganprior"])
+@pytest.mark.parametrize("method", ["rlse", pytest.param("mganprior", marks=pytest.mark.soak)])
 def test_any_number_of_processes_writes_the_same_bytes(method: str, gan: Path, shards: Manifest, tmp_path: Path):
     """Of three, one has two batches of four; and what one process began two may end."""
     words = ["--gan", gan, "--method", method, "--batch", 2, "--split", "train", "--images", 7, "--rlse.steps", 4,

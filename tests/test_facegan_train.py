@@ -392,7 +392,7 @@ def alone(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "ranks", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=[pytest.mark.slow, pytest.mark.soak])]
+    "ranks", [2, *(pytest.param(ranks, marks=[pytest.mark.slow, pytest.mark.soak]) for ranks in (3, 4))]
 )
 def test_several_processes_compute_what_one_computes(manifest: Manifest, alone: Path, tmp_path: Path, ranks: int):
     """fp64, three steps under DDP, the first and the last with R1: latents, mixing, losses, average, picture."""

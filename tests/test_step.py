@@ -102,7 +102,7 @@ def test_what_asks_the_device_cannot_be_recorded():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["vgg19_pool8", "trainable"])
+@pytest.mark.parametrize("kind", ["vgg19_pool8", pytest.param("trainable", marks=pytest.mark.soak)])
 @torch._dynamo.config.patch(fail_on_recompile_limit_hit=True)
 def test_what_the_compiler_traces_is_the_step(kind: str, monkeypatch: pytest.MonkeyPatch):
     """Warm-up, game, ticks, checkpointed activations: traced and differentiated as torch.compile does, to 1e-7 in fp64.

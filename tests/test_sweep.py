@@ -589,6 +589,7 @@ def real(manifest: Manifest, images: int = 360) -> list[object]:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_a_sweep_that_is_terminated_goes_on_to_the_same_bits(manifest: Manifest, tmp_path: Path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     words = [*real(manifest), "--seeds", 0, 1]
@@ -615,6 +616,7 @@ def test_a_sweep_that_is_terminated_goes_on_to_the_same_bits(manifest: Manifest,
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.distributed
 def test_a_request_goes_through_the_launcher(manifest: Manifest, tmp_path: Path):
     """Which hands on no signal without ending its processes half a minute later, and hides their exit code."""
