@@ -21,7 +21,7 @@ from tyro.conf import Positional
 
 from sega_dist import config as configuration
 from sega_dist.arguments import Device, check_folder, parse
-from sega_dist.comparison import Compared, make_tables, means, native_tables, scored, speeds
+from sega_dist.comparison import Compared, make_tables, means, scored, speeds
 from sega_dist.data.images import ShardReader
 from sega_dist.data.remote import open_shards
 from sega_dist.data.shards import write_whole
@@ -173,7 +173,7 @@ def compare_native(command: CompareCommand, entries: list[Entry], world: World) 
     for line in faces.remarks:
         print(line)
     count = len(found[scales[0]].names)
-    tables = native_tables(compared, command.against, f"{count} small faces without HR")
+    tables = make_tables(compared, ("niqe",), command.against, f"{count} small faces without HR")
     _clear(command.out)
     stamp = {"metrics": ["niqe"], "faces": str(command.faces.name), "versions": packages()}
     write(command, tables, found, compared, stamp)

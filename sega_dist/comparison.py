@@ -38,12 +38,20 @@ class Compared(NamedTuple):
 def make_tables(
     compared: dict[int, list[Compared]], metrics: tuple[str, ...], against: str, images: str
 ) -> list[Table]:
-    """Table 1, table 3 where two of its rows are compared, and for each scale leads and costs."""
+    """The tables of the paper, or of the poster where a GAN was searched, and for each scale leads and costs.
+
+    Where NIQE is the only metric, as of faces without HR, it has a table of its own.
+    """
     of_methods: dict[str, dict[int, Compared]] = {}
     for scale, methods in compared.items():
         for method in methods:
             of_methods.setdefault(method.name, {})[scale] = method
-    if any(method.is_searched for methods in compared.values() for method in methods):
+    if metrics == ("niqe",):  # of faces that have no HR
+        printed: dict[str, Printed] = {
+            name: {scale: values[3:] for scale, values in row.items()} for name, row in POSTER_1.items()
+        }
+        tables = [_table(f"NIQE: {images}", of_methods, printed, list(compared), metrics, metrics)]
+    elif any(method.is_searched for methods in compared.values() for method in methods):
         tables = _poster(of_methods, metrics, images, list(compared))
     else:
         tables = _paper(of_methods, metrics, images, list(compared))
@@ -75,19 +83,6 @@ def _poster(
         title = f"Table 2, without and with the semantic loss: {images}"
         tables.append(_table(title, of_loss, POSTER_2, sorted({*scales, *WITH_AND_WITHOUT}), shown, metrics))
     return tables
-
-
-def native_tables(compared: dict[int, list[Compared]], against: str, images: str) -> list[Table]:
-    """NIQE alone: of faces that have no HR."""
-    rows: dict[str, dict[int, Compared]] = {}
-    for scale, methods in compared.items():
-        for method in methods:
-            rows.setdefault(method.name, {})[scale] = method
-    printed: dict[str, Printed] = {
-        name: {scale: values[3:] for scale, values in row.items()} for name, row in POSTER_1.items()
-    }
-    tables = [_table(f"NIQE: {images}", rows, printed, list(compared), ("niqe",), ("niqe",))]
-    return tables + [_leads(scale, methods, ("niqe",), against) for scale, methods in compared.items()]
 
 
 def _table(title: str, rows: dict[str, dict[int, Compared]], printed: dict[str, Printed], scales: list[int],

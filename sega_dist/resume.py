@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -71,6 +70,8 @@ def _row(folder: Path) -> dict[str, object]:
 
 @dataclass(frozen=True)
 class Proof:
+    """Train without a stop, and with one, and compare. All other options are those of train."""
+
     steps: int = 6  # of the run that is not stopped
     stop_after: int = 3  # steps of the run that is
     processes: int = 1  # started by accelerate launch where there is more than one, or --launcher
@@ -81,16 +82,9 @@ class Proof:
     tolerance: float = -1.0  # of the losses, relative; below 0: none on a CPU with equal processes, else 0.01
 
 
-@dataclass(frozen=True)
-class VerifyResume:
-    """Train without a stop, and with one, and compare. All other options are those of train."""
-
-    proof: tyro.conf.OmitArgPrefixes[Proof]
-
-
 def verify_main(argv: list[str] | None = None) -> None:
-    ours, theirs = split(VerifyResume, argv or [])
-    proof = parse(VerifyResume, ours, "sega-dist verify-resume").proof
+    ours, theirs = split(Proof, argv or [])
+    proof = parse(Proof, ours, "sega-dist verify-resume")
     command, config, checkpoint = resolve(theirs)
     if not 0 < proof.stop_after < proof.steps:
         raise UserError(f"--stop-after is {proof.stop_after}; it must lie between 0 and --steps, {proof.steps}")

@@ -111,33 +111,24 @@ def score(world: World, reader: ShardReader, scale: int, methods: dict[str, Supe
     count, side = min(images or len(reader), len(reader)), reader.manifest.size
     values = torch.zeros(count, len(methods), len(judge.names), dtype=torch.float64, device=world.device)
     pictures = torch.zeros(len(methods), min(shown, count), 3, side, side, dtype=torch.uint8, device=world.device)
-    seen = torch.zeros(count, dtype=torch.int32, device=world.device)
     seconds = dict.fromkeys(methods, 0.0)
     parts = [range(start, min(start + batch, count)) for start in range(0, count, batch)][world.rank :: world.size]
     share = f", share 1 of {world.size}" if world.size > 1 else ""
     bar = progress(f"scoring {reader.side} x{scale}{share}", sum(map(len, parts)))
-    failure = None
-    try:
-        with bar if world.is_main else contextlib.nullcontext(lambda _: None) as advance:
-            for part in parts:
-                rows = slice(part[0], part[-1] + 1)
-                hr, names = read_whole(reader, part)
-                hr = hr.to(world.device)
-                lr = bicubic(hr, side // scale, side // scale)
-                for number, (method, super_resolve) in enumerate(methods.items()):
-                    sr, spent = timed(world, partial(super_resolve, lr, scale, names))
-                    seconds[method] += spent
-                    values[rows, number] = judge(hr, sr)
-                    pictures[number, rows] = sr[: len(pictures[number, rows])]
-                for i, name in enumerate(names) if keep else ():
-                    keep(name, {"lr": lr[i], "sr": sr[i]})  # type: ignore[misc]
-                seen[rows] += 1
-                advance(len(names))
-    except UserError as error:
-        failure = error
-    if world.any(failure is not None):
-        raise failure or UserError("another process could not score its share of the split; it says what is wrong")
-    assert bool((world.sum_of(seen) == 1).all()), "every image is scored exactly once"
+    with world.together(), bar if world.is_main else contextlib.nullcontext(lambda _: None) as advance:
+        for part in parts:
+            rows = slice(part[0], part[-1] + 1)
+            hr, names = read_whole(reader, part)
+            hr = hr.to(world.device)
+            lr = bicubic(hr, side // scale, side // scale)
+            for number, (method, super_resolve) in enumerate(methods.items()):
+                sr, spent = timed(world, partial(super_resolve, lr, scale, names))
+                seconds[method] += spent
+                values[rows, number] = judge(hr, sr)
+                pictures[number, rows] = sr[: len(pictures[number, rows])]
+            for i, name in enumerate(names) if keep else ():
+                keep(name, {"lr": lr[i], "sr": sr[i]})  # type: ignore[misc]
+            advance(len(names))
     pictures, names = world.sum_of(pictures).cpu(), [reader.name(i) for i in range(count)]
     made = sum(map(len, parts))
     speeds = {method: made / spent if spent else 0.0 for method, spent in seconds.items()}

@@ -20,6 +20,12 @@ NAME = re.compile(r"[A-Za-z0-9._-]+")  # of what stands on an #SBATCH line, whic
 
 @dataclass(frozen=True)
 class Slurm:
+    """Print a script for sbatch.
+
+    JOB is train, sweep, shard, evaluate, compare or explore. What follows its own options is given to it: for train RUN
+    and train's options.
+    """
+
     job: Annotated[
         Positional[Literal["train", "sweep", "shard", "evaluate", "compare", "explore"]], tyro.conf.arg(metavar="JOB")
     ]
@@ -35,21 +41,10 @@ class Slurm:
     processes: int = 0  # a node, where it has no GPUs
 
 
-@dataclass(frozen=True)
-class SlurmCommand:
-    """Print a script for sbatch.
-
-    JOB is train, sweep, shard, evaluate, compare or explore. What follows its own options is given to it: for train RUN
-    and train's options.
-    """
-
-    slurm: tyro.conf.OmitArgPrefixes[Slurm]
-
-
 def main(argv: list[str] | None = None) -> None:
     words = argv or []
-    ours, theirs = split(SlurmCommand, words[1:])
-    print(script(parse(SlurmCommand, [*words[:1], *ours], "sega-dist slurm").slurm, theirs), end="")
+    ours, theirs = split(Slurm, words[1:])
+    print(script(parse(Slurm, [*words[:1], *ours], "sega-dist slurm"), theirs), end="")
 
 
 def script(slurm: Slurm, words: list[str]) -> str:

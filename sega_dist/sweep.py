@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from rich.console import Console
 
 from sega_dist import compare, report
@@ -40,6 +39,8 @@ POLL = 0.5  # seconds between looks at what runs
 
 @dataclass(frozen=True)
 class Sweep:
+    """Train each of several presets with each of several seeds, and compare them. All other options are train's."""
+
     out: OutPath  # the folder of all runs, each in OUT/PRESET-sSEED
     presets: tuple[str, ...] = ()  # all of them with the first seed, then all with the next
     seeds: tuple[int, ...] = (0,)
@@ -55,20 +56,13 @@ class Sweep:
     dry_run: bool = False  # list the runs with their state and stop
 
 
-@dataclass(frozen=True)
-class SweepCommand:
-    """Train each of several presets with each of several seeds, and compare them. All other options are train's."""
-
-    sweep: tyro.conf.OmitArgPrefixes[Sweep]
-
-
 def main(argv: list[str] | None = None) -> None:
     words = argv or []
     for word in words:
         if word.partition("=")[0].replace("_", "-") in GIVEN:
             raise UserError(f"{word}: a sweep gives each run its own; it takes OUT, --presets and --seeds")
-    ours, theirs = split(SweepCommand, words[1:])
-    sweep = parse(SweepCommand, [*words[:1], *ours], "sega-dist sweep").sweep
+    ours, theirs = split(Sweep, words[1:])
+    sweep = parse(Sweep, [*words[:1], *ours], "sega-dist sweep")
     part, parts = share(sweep.part)
     everything, comparison = listed(sweep, theirs)
     runs = everything[part::parts]

@@ -20,7 +20,7 @@ from scipy import stats
 from test_lpips import alexnet, state_of
 
 from sega_dist import compare, evaluate, figures, paper
-from sega_dist.comparison import Compared, make_tables, native_tables
+from sega_dist.comparison import Compared, make_tables
 from sega_dist.config import Config, DataConfig, EncoderConfig, GeneratorConfig, LossConfig, TrainConfig
 from sega_dist.data.shards import Manifest, open_manifest
 from sega_dist.data.synthetic import write_folder
@@ -701,8 +701,7 @@ def test_less_niqe_and_less_lpips_is_better():
     one, two = (Compared(name, np.array(values)[:, None], np.zeros((1, 1)), 8, 1, 1.0)
                 for name, values in (("RLSE", [5.0, 6, 9]), ("PULSE", [6.0, 7, 8])))  # fmt: skip
     for metric in ("niqe", "lpips"):
-        leads = native_tables({8: [two, one]}, "", "3 faces")[1] if metric == "niqe" else make_tables(
-            {8: [two, one]}, (metric,), "", "3 images")[1]  # fmt: skip
+        leads = make_tables({8: [two, one]}, (metric,), "", "3 images")[1]
         assert leads.title == "x8: leads of RLSE" and leads.rows[0].cells[-1].text == "67%"
 
 
@@ -844,7 +843,7 @@ def test_a_face_without_niqe_is_counted_and_costs_no_other_its_score(native: Pat
 def test_where_no_image_has_a_score_the_table_says_so():
     none = Compared("A", np.full((3, 1), np.nan), np.full((1, 1), np.nan), 0, 0, 1.0, is_searched=True)
     some = none._replace(name="B", values=np.ones((3, 1)), seeds=np.ones((1, 1)))
-    table, leads = native_tables({8: [none, some]}, "B", "3 faces")
+    table, leads, _ = make_tables({8: [none, some]}, ("niqe",), "B", "3 faces")
     of = {row.name: row.cells[0].text for row in table.rows}
     assert (of["A"], of["B"]) == ("no score", "1.000")
     assert [cell.text for cell in leads.rows[0].cells] == ["-", "0%"]

@@ -112,8 +112,8 @@ def shown(out: Path, name: str = "sweep.json") -> dict[str, str]:
 
 
 def listed(words: list[str]) -> list[runs.Run]:
-    ours, theirs = split(sweep.SweepCommand, words[1:])
-    return sweep.listed(sweep.parse(sweep.SweepCommand, [words[0], *ours], "sweep").sweep, theirs)[0]
+    ours, theirs = split(sweep.Sweep, words[1:])
+    return sweep.listed(sweep.parse(sweep.Sweep, [words[0], *ours], "sweep"), theirs)[0]
 
 
 def refused(words: list[str], code: int = 2) -> str:
@@ -187,7 +187,7 @@ def test_several_processes_are_started_by_a_launcher(words: list[str]):
 
 def test_an_option_takes_its_values_and_no_more():
     words = "--seeds 0 1 --data S --dry-run --train.images 5 --part=1/2 x --images 4 y --presets a b"
-    ours, theirs = split(sweep.SweepCommand, shlex.split(words))
+    ours, theirs = split(sweep.Sweep, shlex.split(words))
     assert shlex.join(ours) == "--seeds 0 1 --dry-run --part=1/2 --images 4 --presets a b"
     assert shlex.join(theirs) == "--data S --train.images 5 x y"
 
