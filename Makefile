@@ -62,12 +62,10 @@ endif
 	@echo "figures:   $(DEMO)/run/eval/metrics.json   $(DEMO)/run/eval/per_image.csv"
 
 test: $(BIN)/.dev
-	$(BIN)/python -m pytest -m "not distributed and not slow" -n $(JOBS) --dist worksteal
-	$(BIN)/python -m pytest -m "distributed and not slow" -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -m "not slow" -n $(JOBS) --dist worksteal
 
 test-all: $(BIN)/.dev
-	$(BIN)/python -m pytest -m "not distributed and not soak" -n $(JOBS) --dist worksteal
-	$(BIN)/python -m pytest -m "distributed and not soak and not slurm" -n $(JOBS) --dist worksteal
+	$(BIN)/python -m pytest -m "not soak and not slurm" -n $(JOBS) --dist worksteal
 
 # Wants Debian's slurmctld, slurmd and slurm-client; starts a cluster of its own on the loopback, and ends it.
 test-slurm: $(BIN)/.dev

@@ -45,7 +45,6 @@ def plan(impl: Impl, shapes: dict[str, list[int]], dtype: torch.dtype, device: s
     return {op: _choose(impl, op, shape, dtype, device, slope) for op, shape in shapes.items()}
 
 
-@torch.compiler.assume_constant_result
 def _choose(impl: Impl, op: str, shape: list[int], dtype: torch.dtype, device: str, slope: float, widest: int = 0
             ) -> Impl:  # fmt: skip
     if impl == "reference" or math.prod(shape) == 0:
@@ -58,6 +57,10 @@ def _choose(impl: Impl, op: str, shape: list[int], dtype: torch.dtype, device: s
     chosen = "reference" if found else _measured_choice(op, shape, dtype)
     _log_once(f"kernels=auto: {op} on {'x'.join(map(str, shape))} {dtype} on {device} takes {chosen}")
     return chosen
+
+
+# As torch.compiler.assume_constant_result does; but that imports the compiler: a second at the start of every command.
+_choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def obstacle(op: str, shape: Sequence[int], dtype: torch.dtype, device: str, slope: float, widest: int = 0

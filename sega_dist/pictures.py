@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -61,6 +60,8 @@ def curves(entries: list[dict[str, Any]], path: Path) -> None:
         panels["R1"] = ["r1"]
     else:
         panels["preview PSNR, dB"] = ["preview_psnr", "preview_psnr_bicubic"]
+    from matplotlib.figure import Figure  # half a second: only where curves are drawn
+
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     for axis, (title, names) in zip(figure.subplots(1, len(panels)), panels.items(), strict=True):
         for name in names:

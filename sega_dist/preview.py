@@ -34,18 +34,19 @@ class Preview:
         height, width = self.hr.shape[2:]
         self.lr = bicubic(self.hr, height // config.scale, width // config.scale)
         self.bicubic = bicubic(self.lr, height, width)
-        self.bicubic_psnr = psnr(self.hr, self.bicubic).tolist()
 
     @torch.no_grad()
     def show(self, report: Report, generator: nn.Module, nimg: int) -> dict[str, float]:
-        """A picture grid, each rank making its share of the faces, and the mean PSNR for the tick."""
+        """A picture grid, each rank making its share of the faces; to the main one, the mean PSNR for the tick."""
         mine = slice(self.world.rank, None, self.world.size)
         sr = torch.zeros_like(self.hr)
         with self.world.autocast():
             if len(self.lr[mine]):
                 sr[mine] = to_uint8(generator(to_unit(self.lr[mine], self.world.dtype)))
         sr = self.world.sum_of(sr)
-        sr_psnr = psnr(self.hr, sr).tolist()
+        if not self.world.is_main:
+            return {}
+        sr_psnr, bicubic_psnr = (psnr(self.hr, images).tolist() for images in (sr, self.bicubic))
         rows = [
             [
                 Panel(lr, f"{lr.shape[1]}x{lr.shape[2]}"),
@@ -53,13 +54,11 @@ class Preview:
                 Panel(high, f"{b:.2f} dB"),
                 Panel(hr),
             ]
-            for lr, low, a, high, b, hr in zip(
-                self.lr, self.bicubic, self.bicubic_psnr, sr, sr_psnr, self.hr, strict=True
-            )
+            for lr, low, a, high, b, hr in zip(self.lr, self.bicubic, bicubic_psnr, sr, sr_psnr, self.hr, strict=True)
         ]
         report.picture("preview", grid(["LR", "bicubic", f"SR, {nimg / 1000:g} kimg", "HR"], rows), nimg)
         mean = sum(sr_psnr) / len(sr_psnr)
-        return {"preview_psnr": mean, "preview_psnr_bicubic": sum(self.bicubic_psnr) / len(self.bicubic_psnr)}
+        return {"preview_psnr": mean, "preview_psnr_bicubic": sum(bicubic_psnr) / len(bicubic_psnr)}
 
 
 class FacePreview:

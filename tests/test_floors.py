@@ -1,6 +1,9 @@
 """The drawing of the house: a module imports only from floors below its own."""
 
 import ast
+import json
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -118,3 +121,17 @@ def test_only_distributed_knows_accelerate_and_no_room_is_called_utils():
         assert not roots & {"kernels", "data", "launchers", "torchvision"}
         assert module.split(".")[-1] not in {"utils", "common", "helpers", "base", "manager", "factory"}
     assert not list((ROOT / "launchers").rglob("*.py"))
+
+
+def test_a_command_starts_without_what_takes_seconds_to_import():
+    """Up to six seconds on every rank of a run, and before a misspelt option is told."""
+    heavy = {"torch._dynamo", "torchmetrics", "matplotlib", "deepspeed", "scipy", "transformers", "sympy"}
+    program = f"""
+import importlib, json, sys
+from sega_dist.cli import COMMANDS
+for module in sorted({{module for module, *_ in COMMANDS.values()}}):
+    importlib.import_module(module)
+print(json.dumps([sorted({heavy} & set(sys.modules)), "torch" in sys.modules]))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert json.loads(done.stdout) == [[], True]

@@ -297,6 +297,10 @@ def test_second_derivative_is_refused():
             gradient.sum().backward()
 
 
+def test_a_choice_is_marked_as_torch_marks_what_is_constant():
+    assert vars(backend._choose) == vars(torch.compiler.assume_constant_result(lambda: None))
+
+
 @pytest.mark.parametrize("impl", [*FAST, "auto"])
 def test_compiles_as_one_graph(impl: str):
     weights, biases = filters(16, 1)
@@ -416,6 +420,7 @@ def test_saved_activations_of_the_trunk_are_under_45_percent():
 # Properties --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     st.integers(1, 3), st.integers(1, 12), st.integers(1, 12), st.sampled_from([16, 32, 64]),
