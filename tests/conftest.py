@@ -15,6 +15,11 @@ from PIL import Image
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministic algorithms ask for on a GPU
 
+# The program imports these where they are used; tests fork, and count what a process opens: here once for all.
+import matplotlib.figure  # noqa: F401
+import torch._dynamo
+import torchmetrics.functional.image  # noqa: F401
+
 from sega_dist.data.shards import Manifest, open_manifest
 from sega_dist.data.synthetic import face, write_folder
 from sega_dist.pictures import to_tensor

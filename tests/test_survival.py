@@ -130,7 +130,8 @@ def enter(log: Path, environment: dict[str, str], fault: str, words: list[str]) 
 
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["sega_dist.train"])  # imported once: a life takes two seconds, not ten
+# Imported once, also what the program waits with: a life takes two seconds, not ten.
+FORKS.set_forkserver_preload(["sega_dist.train", "torch._dynamo", "torchmetrics.functional.image", "matplotlib.figure"])
 
 
 class Ranks:
