@@ -109,7 +109,12 @@ class Found:
 
 def _chosen(mask: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Image by image a where mask (N,) is true, else b, both (N,...)."""
-    return torch.where(mask.view(-1, *[1] * (a.ndim - 1)), a, b)
+    return torch.where(_by_image(mask, a), a, b)
+
+
+def _by_image(mask: Tensor, x: Tensor) -> Tensor:
+    """mask (N,) with as many dimensions as x (N,...)."""
+    return mask.view(-1, *[1] * (x.ndim - 1))
 
 
 @dataclass(frozen=True)
@@ -213,7 +218,7 @@ class Search:
                  eps: float, on_spheres: bool):  # fmt: skip
         self.evaluate, self.rate, self.eps, self.step, self.steps = evaluate, rate, eps, 0, evaluate.config.steps
         self.variables = [variable.clone().requires_grad_() for variable in start]
-        self.optimizer = optimizer(self.variables, lr=rate(0))
+        self.optimizer = optimizer(self.variables, lr=rate(0), foreach=True)  # on a CPU too: half a millisecond less
         self.radii = [latents.radius(variable) for variable in start] if on_spheres else []
         lr, n = evaluate.lr, len(evaluate.lr)
         never, none = lr.new_full((n,), torch.inf), torch.zeros(n, dtype=torch.long, device=lr.device)
@@ -248,8 +253,9 @@ class Search:
         """One step: look, remember, move. The losses (N,) of where it looked, inf where not finite."""
         loss, image, residual = self.evaluate(self.variables)
         gradients = torch.autograd.grad(loss.sum(), self.variables, allow_unused=True, materialize_grads=True)
-        is_finite = torch.stack([x.flatten(1).isfinite().all(1) for x in (loss[:, None], *gradients)]).all(0)
         loss, image, residual = (x.detach() for x in (loss, image, residual))
+        largest = [torch.linalg.vector_norm(x.flatten(1), torch.inf, 1) for x in (loss[:, None], *gradients)]
+        is_finite = torch.stack(largest).isfinite().all(0)
         loss = loss.where(loss.isfinite(), torch.inf)
         points = [variable.detach().clone() for variable in self.variables]
         here = torch.full_like(self.found.step, self.step)
@@ -272,7 +278,7 @@ class Search:
             variable.copy_(_chosen(is_finite, variable, best))
             for moment in self.optimizer.state[variable].values():
                 if isinstance(moment, Tensor) and moment.shape == variable.shape:
-                    moment.copy_(_chosen(is_finite, moment, torch.zeros_like(moment)))
+                    moment.masked_fill_(_by_image(~is_finite, moment), 0)
 
 
 def rlse(g: Explorable, d: Featured | None, lr: Tensor, keys: list[str], config: RlseConfig, seed: int = 0,
