@@ -619,8 +619,7 @@ def test_milestones_refuse_another_length(manifest: Manifest, tmp_path: Path):
 
 
 @pytest.mark.slow
-@pytest.mark.soak
-@pytest.mark.parametrize("method", ["vdsr", "urdgn"])
+@pytest.mark.parametrize("method", ["vdsr", pytest.param("urdgn", marks=pytest.mark.soak)])
 def test_verify_resume(method: str, manifest: Manifest, capsys: pytest.CaptureFixture):
     words = ["--steps", "3", "--stop-after", "2", "--preset", f"{method}_x4", *SMALL, "--data", str(manifest.folder)]
     resume.verify_main(words)
